@@ -1,0 +1,1 @@
+"""Numerical kernels: plain functions from numpy arrays to numpy arrays, with numpy and scipy only."""
