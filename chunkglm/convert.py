@@ -117,7 +117,9 @@ def convert(
 def _repetition_time(reader: RunReader, given: float | None) -> float:
     t_r = reader.header.t_r if given is None else given
     if t_r is None:
-        raise InputError(f"{reader.name} has no repetition time in its header. Give it in seconds: t_r= or --t-r.")
+        raise InputError(
+            f"{reader.name} has no repetition time in its header. Give it in seconds: t_r= or --t-r."
+        )
     if not (np.isfinite(t_r) and t_r > 0):
         raise InputError(f"The repetition time is {t_r} s; it must be positive.")
     if given is None and t_r > LONGEST_T_R:
@@ -134,7 +136,9 @@ def _stored_dtype(reader: RunReader, fwhm: float | None) -> np.dtype[Any]:
 
 def _threads(reader: RunReader, stored: np.dtype[Any], memory: int | str, *, smooth: bool) -> int:
     def needed(n: int) -> int:
-        return plan.convert_memory(reader.shape, reader.header.dtype.itemsize, stored.itemsize, n, smooth=smooth)
+        return plan.convert_memory(
+            reader.shape, reader.header.dtype.itemsize, stored.itemsize, n, smooth=smooth
+        )
 
     budget, wanted = plan.parse_memory(memory), plan.available_cpus()
     fixed = needed(0)
@@ -146,10 +150,16 @@ def _template(reader: RunReader, t_r: float, fwhm: float | None, stored: np.dtyp
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
 
     header, (n_time, *volume) = reader.header, reader.shape
-    scale = {"scale_factor": header.slope, "add_offset": header.intercept} if header.scaled and fwhm is None else {}
+    scale = (
+        {"scale_factor": header.slope, "add_offset": header.intercept}
+        if header.scaled and fwhm is None
+        else {}
+    )
     ds = xr.Dataset(
         {
-            "bold": xr.Variable(("time", *SPACE), da.zeros(reader.shape, dtype=stored, chunks=-1), attrs=dict(scale)),
+            "bold": xr.Variable(
+                ("time", *SPACE), da.zeros(reader.shape, dtype=stored, chunks=-1), attrs=dict(scale)
+            ),
             "mask": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=bool, chunks=-1)),
             "mean_image": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=np.float32, chunks=-1)),
         },
@@ -230,4 +240,3 @@ def _ahead(blocks: Iterator[tuple[int, NDArray[Any]]]) -> Iterator[tuple[int, ND
         while (item := pending.result()) is not None:
             pending = reading.submit(next, blocks, None)
             yield cast("tuple[int, NDArray[Any]]", item)
-

@@ -163,7 +163,9 @@ def _describe(raw: bytes, name: str) -> Header:
         affine = np.asarray(header.get_best_affine(), dtype=np.float64)
         slope, intercept = header.get_slope_inter()
     except (nib.spatialimages.HeaderDataError, ValueError) as error:
-        raise NiftiError(f"{name} has a header that cannot be used: {error}. Export the image again.") from error
+        raise NiftiError(
+            f"{name} has a header that cannot be used: {error}. Export the image again."
+        ) from error
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise NiftiError(
             f"{name} has an affine that is not finite or not invertible: {np.round(affine, 4).tolist()}. Set its sform or "
@@ -351,7 +353,9 @@ def open_reader(source: ImageLike) -> Iterator[RunReader]:
     header_name, data_name = _pair_names(name)
     raw = _Hashing(_open_binary(data_name))
     try:
-        stream: IO[bytes] = _gunzip(raw) if data_name.endswith(".gz") else cast("IO[bytes]", io.BufferedReader(raw, 2**20))
+        stream: IO[bytes] = (
+            _gunzip(raw) if data_name.endswith(".gz") else cast("IO[bytes]", io.BufferedReader(raw, 2**20))
+        )
         try:
             if header_name == data_name:
                 header = _describe(_read_header(stream, name), name)
@@ -395,7 +399,9 @@ def _memory_reader(image: Any) -> RunReader:
     header = image.header.copy()
     header.set_data_dtype(data.dtype)
     header.set_slope_inter(1, 0)
-    described = _describe(header_from_image(nib.Nifti1Pair(data, image.affine, header)), "the image in memory")
+    described = _describe(
+        header_from_image(nib.Nifti1Pair(data, image.affine, header)), "the image in memory"
+    )
     _check_run(described, "the image in memory")
     buffer = np.ascontiguousarray(data.T.astype(described.dtype, copy=False))
     raw = _Hashing(io.BytesIO(buffer.tobytes()))
@@ -455,7 +461,9 @@ def _read_header(stream: IO[bytes], name: str) -> bytes:
 
 def _skip(stream: IO[bytes], offset: int, name: str) -> None:
     if not 0 <= offset <= HEADER_LIMIT or len(stream.read(offset)) < offset:
-        raise NiftiError(f"{name} is cut off: its header says that the data begins at byte {offset}. Copy it again.")
+        raise NiftiError(
+            f"{name} is cut off: its header says that the data begins at byte {offset}. Copy it again."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------ grids
@@ -577,7 +585,9 @@ def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str
             f"{got_name} has {got.shape[::-1]} voxels along x, y, z and {expected_name} has {expected.shape[::-1]}. They must "
             "lie on the same grid: resample one to the other first (for example nilearn.image.resample_to_img)."
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij")).reshape(4, -1)
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij")).reshape(
+        4, -1
+    )
     apart = np.linalg.norm(((got.affine - expected.affine) @ corners)[:3], axis=0).max()
     voxel = np.linalg.norm(expected.affine[:3, :3], axis=0).min()
     if apart > SAME_GRID * voxel:
@@ -650,7 +660,9 @@ def _load_image(image: ImageLike) -> Any:
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"There is no file {name}. Check the path.") from error
     except (nib.filebasedimages.ImageFileError, WrapStructError, OSError, EOFError, ValueError) as error:
-        raise NiftiError(f"{name} cannot be read as an image: {error}. Accepted are {', '.join(SUFFIXES)}.") from error
+        raise NiftiError(
+            f"{name} cannot be read as an image: {error}. Accepted are {', '.join(SUFFIXES)}."
+        ) from error
 
 
 # ----------------------------------------------------------------------------------------------------------- export
@@ -733,7 +745,9 @@ def to_nifti(
         raise StoreExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
     partial = target.with_name(f".{target.name}.partial")
     try:
-        image_class = _write_lossless(array, lambda: _create(partial, compress=target.name.lower().endswith(".gz")))
+        image_class = _write_lossless(
+            array, lambda: _create(partial, compress=target.name.lower().endswith(".gz"))
+        )
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -767,9 +781,13 @@ def _write_lossless(array: xr.DataArray, create: Callable[[], AbstractContextMan
                 return _write(array, packing, stream)
         except NotLosslessError:
             pass
-    dtype = {np.dtype(bool): np.dtype(np.uint8), np.dtype(np.float16): np.dtype(np.float32)}.get(array.dtype, array.dtype)
+    dtype = {np.dtype(bool): np.dtype(np.uint8), np.dtype(np.float16): np.dtype(np.float32)}.get(
+        array.dtype, array.dtype
+    )
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(f"Values of dtype {array.dtype} cannot be written as NIfTI. Convert them with .astype('float64').")
+        raise InputError(
+            f"Values of dtype {array.dtype} cannot be written as NIfTI. Convert them with .astype('float64')."
+        )
     with create() as stream:
         return _write(array, Packing(dtype, 1.0, 0.0), stream)
 
@@ -810,7 +828,9 @@ def _volume_blocks(array: xr.DataArray, packing: Packing) -> Iterator[Array]:
         stops = np.cumsum(slabs)
         for z_start, z_stop in zip(stops - np.array(slabs), stops, strict=True):
             # Decoding a slab at a time keeps the unpacked values of a whole block out of memory.
-            block[..., z_start:z_stop, :, :] = packing.pack(np.asarray(volumes.isel(z=slice(z_start, z_stop))))
+            block[..., z_start:z_stop, :, :] = packing.pack(
+                np.asarray(volumes.isel(z=slice(z_start, z_stop)))
+            )
         yield block
 
 
@@ -869,5 +889,3 @@ def _set_fields(
         header.set_xyzt_units("mm", "sec")
     elif "time" not in array.dims:
         header["pixdim"][4] = 0 if len(shape) < 4 else 1
-
-

@@ -54,7 +54,12 @@ FIT = _variables(
     Variable("sigma2", ("run", *SPACE), "", "variance of the innovations (of the noise, for OLS)"),
     Variable("rho", ("run", "lag", *SPACE), "", "autoregressive coefficient that was used"),
     Variable("dof", ("run",), "", "residual degrees of freedom"),
-    Variable("design", ("run", "volume", "regressor"), "", "design matrix; NaN where a run has no such row or column"),
+    Variable(
+        "design",
+        ("run", "volume", "regressor"),
+        "",
+        "design matrix; NaN where a run has no such row or column",
+    ),
     Variable("frame_time", ("run", "volume"), "s", "time of each volume"),
     Variable("sample_mask", ("run", "volume"), "", "volumes that were used"),
     Variable("n_volumes", ("run",), "", "number of volumes of the run"),

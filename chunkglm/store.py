@@ -42,7 +42,15 @@ from chunkglm.errors import (
     StoreError,
     StoreExistsError,
 )
-from chunkglm.schema import FORMAT_VERSION, RUN, SPACE, canonical_json, check_format_version, require, text_labels
+from chunkglm.schema import (
+    FORMAT_VERSION,
+    RUN,
+    SPACE,
+    canonical_json,
+    check_format_version,
+    require,
+    text_labels,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +89,9 @@ def _backend(store: StoreLike, *, read_only: bool) -> zarr.abc.store.Store:
     try:
         return zarr.storage.FsspecStore.from_url(name, read_only=read_only)
     except ImportError as error:
-        raise StoreError(f"{name} needs a package that is not installed: {error}. Install it with pip.") from error
+        raise StoreError(
+            f"{name} needs a package that is not installed: {error}. Install it with pip."
+        ) from error
 
 
 def _read(backend: zarr.abc.store.Store, key: str) -> bytes | None:
@@ -173,7 +183,10 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
         return ("chunkglm store", self.name, hashlib.sha256(canonical_json(self.manifest)).hexdigest())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _CheckedStore) and (self._store, self.manifest) == (other._store, other.manifest)
+        return isinstance(other, _CheckedStore) and (self._store, self.manifest) == (
+            other._store,
+            other.manifest,
+        )
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -205,7 +218,9 @@ def _open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
             raise IncompleteStoreError(
                 f"{name} was never finished: what was begun lies in {name + PARTIAL}. Run the same command again to make it."
             )
-        raise SourceNotFoundError(f"There is no store {name}. Check the path; chunkglm convert makes run stores.")
+        raise SourceNotFoundError(
+            f"There is no store {name}. Check the path; chunkglm convert makes run stores."
+        )
     backend = _backend(store, read_only=True)
     root = _read(backend, ROOT)
     if root is None:
@@ -315,20 +330,26 @@ def open_study(store: StoreLike) -> xr.DataTree:
     """
     name = os.fspath(store)
     if not _is_url(store) and not Path(name).is_dir():
-        raise SourceNotFoundError(f"There is no study {name}. Check the path; chunkglm convert and run make studies.")
+        raise SourceNotFoundError(
+            f"There is no study {name}. Check the path; chunkglm convert and run make studies."
+        )
 
     async def members() -> list[str]:
         return [key async for key in _backend(store, read_only=True).list_dir("")]
 
     labels = [
-        key.rstrip("/") for key in zarr.core.sync.sync(members()) if key.startswith("run-") and not key.endswith(PARTIAL)
+        key.rstrip("/")
+        for key in zarr.core.sync.sync(members())
+        if key.startswith("run-") and not key.endswith(PARTIAL)
     ]
     if not labels:
         raise SourceNotFoundError(
             f"{name} holds no run stores (groups named run-<label>). Convert runs into it: chunkglm convert RUN.nii.gz "
             f"{name}/run-1."
         )
-    return xr.DataTree.from_dict({label: open_run(f"{name}/{label}") for label in sorted(labels, key=_natural)})
+    return xr.DataTree.from_dict(
+        {label: open_run(f"{name}/{label}") for label in sorted(labels, key=_natural)}
+    )
 
 
 def _natural(label: str) -> tuple[Any, ...]:
@@ -470,7 +491,10 @@ class StoreWriter:
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
     """Codecs after the bytes: see ``benchmarks/README.md`` for why these."""
     shuffle = "bitshuffle" if dtype.kind in "iu" else "shuffle"
-    return [BloscCodec(cname="lz4", clevel=1, shuffle=cast("Any", shuffle), typesize=dtype.itemsize), Crc32cCodec()]
+    return [
+        BloscCodec(cname="lz4", clevel=1, shuffle=cast("Any", shuffle), typesize=dtype.itemsize),
+        Crc32cCodec(),
+    ]
 
 
 def _encoding(variable: xr.Variable, chunks: tuple[int, ...] | None) -> dict[str, Any]:
@@ -536,9 +560,17 @@ def check_free(store: StoreLike, *, overwrite: bool) -> None:
     if not exists(name):
         return
     if not overwrite:
-        raise StoreExistsError(f"{name} exists. Choose another place, or say overwrite (--overwrite) to replace it.")
-    if not _is_url(name) and not (Path(name) / ROOT).is_file() and any(Path(name).iterdir() if Path(name).is_dir() else [1]):
-        raise StoreExistsError(f"{name} exists and is not a Zarr store, so it is not replaced. Choose another place.")
+        raise StoreExistsError(
+            f"{name} exists. Choose another place, or say overwrite (--overwrite) to replace it."
+        )
+    if (
+        not _is_url(name)
+        and not (Path(name) / ROOT).is_file()
+        and any(Path(name).iterdir() if Path(name).is_dir() else [1])
+    ):
+        raise StoreExistsError(
+            f"{name} exists and is not a Zarr store, so it is not replaced. Choose another place."
+        )
 
 
 def _move(partial: Path, target: Path) -> None:
@@ -555,7 +587,11 @@ def _ensure_study(folder: Path) -> None:
     """Make the folder of a store; if it is named ``*.zarr``, make it a group that plain xarray can open."""
     folder.mkdir(parents=True, exist_ok=True)
     if folder.suffix == ".zarr" and not (folder / ROOT).exists():
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {"chunkglm_study": True, "format_version": FORMAT_VERSION}}
+        group = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {"chunkglm_study": True, "format_version": FORMAT_VERSION},
+        }
         (folder / ROOT).write_text(json.dumps(group, indent=1), encoding="utf-8")
 
 
@@ -616,9 +652,15 @@ def savable(ds: xr.Dataset) -> xr.Dataset:
     ds = ds.copy()
     for name, variable in ds.variables.items():
         if variable.dtype.kind in "UT" or (variable.dtype.kind == "O" and variable.ndim == 1):
-            values = text_labels(variable.values.tolist()) if variable.ndim == 1 else variable.values.astype(object)
-            ds = ds.assign_coords({name: (variable.dims, values, variable.attrs)}) if name in ds.coords else ds.assign(
-                {name: (variable.dims, values, variable.attrs)}
+            values = (
+                text_labels(variable.values.tolist())
+                if variable.ndim == 1
+                else variable.values.astype(object)
+            )
+            ds = (
+                ds.assign_coords({name: (variable.dims, values, variable.attrs)})
+                if name in ds.coords
+                else ds.assign({name: (variable.dims, values, variable.attrs)})
             )
         elif variable.chunks is not None and not _is_uniform(variable.chunks):
             ds[name] = ds[name].chunk({dim: max(sizes) for dim, sizes in variable.chunksizes.items()})
@@ -627,7 +669,10 @@ def savable(ds: xr.Dataset) -> xr.Dataset:
             ds[name] = _packed(ds[name].variable, packing)
     ds.attrs.update(format_version=FORMAT_VERSION, chunkglm_version=__version__)
     if "bold" in ds and "grid" in ds.coords and set(ds["bold"].dims) == {"time", *SPACE}:
-        ds[HEADER] = (f"{HEADER}_byte", np.frombuffer(base64.b64decode(ds["grid"].attrs["header"]), dtype=np.uint8))
+        ds[HEADER] = (
+            f"{HEADER}_byte",
+            np.frombuffer(base64.b64decode(ds["grid"].attrs["header"]), dtype=np.uint8),
+        )
         ds.attrs["ome"] = _ome(ds)
     return ds
 

@@ -232,7 +232,7 @@ class _Run:
         radius = np.sqrt(x**2 + y**2 + z**2)
         mask = radius < 1
         folds = np.sin(14 * x + rng.uniform(0, 6)) * np.sin(14 * y + rng.uniform(0, 6)) * np.sin(14 * z)
-        level = np.where(radius * (1 + 0.06 * folds) > 0.8, 1040.0, 880.0)
+        level = np.where(radius * (1 + 0.12 * folds) > 0.8, 1040.0, 880.0)
         ventricles = ((np.abs(x) - 0.14) / 0.1) ** 2 + (y / 0.35) ** 2 + ((z - 0.1) / 0.2) ** 2 < 1
         level[ventricles] = 700.0
         level *= 0.88 + 0.24 * _smooth_field(rng, (z, y, x))
@@ -243,7 +243,7 @@ class _Run:
         for centre, size, profile in REGIONS:
             shift = rng.uniform(-0.04, 0.04, 3)
             squares = [((u - c - s) / size) ** 2 for u, c, s in zip((x, y, z), centre, shift, strict=True)]
-            blob = np.maximum(1 - sum(squares), 0) ** 2 * (mask & ~ventricles)
+            blob = np.maximum(1 - sum(squares) ** 2, 0) ** 2 * (mask & ~ventricles)
             for index in range(len(self.conditions)):
                 response[index] += self.effect_percent * profile[index % len(profile)] * blob
         return _Anatomy(mask, baseline, response, rho, drift)

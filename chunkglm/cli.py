@@ -1,0 +1,421 @@
+"""The command line: the same verbs and names as in Python."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from chunkglm import demo as demonstration
+from chunkglm import job as jobs
+from chunkglm import nifti, plan
+from chunkglm import store as stores
+from chunkglm._version import __version__
+from chunkglm.cluster import stage, threads
+from chunkglm.contrasts import contrast as compute_contrast
+from chunkglm.convert import convert as convert_run
+from chunkglm.design import contrast_name, parse_definition, read_column_names, read_design
+from chunkglm.errors import ChunkGLMError, InputError, StoreExistsError
+from chunkglm.fixed_effects import fixed_effects
+from chunkglm.glm import fit as fit_runs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import xarray as xr
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+EXISTING = click.Path()
+"""Paths are checked where they are used: the messages there say more."""
+
+
+class _State:
+    """What holds for every verb."""
+
+    quiet = False
+    verbose = False
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists.")
+_memory = click.option(
+    "--memory", default="2GiB", show_default=True, help="Memory to use besides the interpreter and its imports (about 200 MiB)."
+)
+_n_threads = click.option(
+    "--n-threads", type=click.IntRange(1), default=plan.available_cpus, help="Voxel blocks at a time.  [default: all processors]"
+)
+_mask = click.option("--mask", type=EXISTING, help="Mask image. Without it the brain is found in the temporal mean.")
+_t_r = click.option("--t-r", type=float, help="Repetition time in seconds, where the header has none or a wrong one.")
+_smoothing = click.option("--smoothing-fwhm", type=float, help="Gaussian smoothing, full width at half maximum in mm.")
+_column_names = click.option(
+    "--column-names", type=EXISTING, help="File with the names of the design's columns, one a line, for designs without names."
+)
+_design = click.option(
+    "--design", "designs", multiple=True, required=True, type=EXISTING, help="Design matrix of a run; once for each run."
+)
+_model = _options(
+    click.option(
+        "--noise-model", default="ar1", show_default=True, help="ar1 (each voxel's own coefficient) or ols."
+    ),
+    click.option(
+        "--signal-scaling",
+        type=click.Choice(["voxel", "run", "none"]),
+        default="voxel",
+        show_default=True,
+        help="Percent of the voxel's mean, of the run's mean, or no scaling.",
+    ),
+    click.option("--compat", type=click.Choice(["nilearn"]), help="The numbers of nilearn 0.14.1."),
+)
+_contrasts = click.option(
+    "--contrast",
+    "contrasts",
+    multiple=True,
+    required=True,
+    metavar="NAME=EXPRESSION",
+    help="NAME=EXPRESSION, NAME=[weights], or a bare expression; may be repeated.",
+)
+_precision_weighted = click.option(
+    "--precision-weighted", is_flag=True, help="Weight runs by the inverse of their variance at each voxel."
+)
+
+
+def _scaling(text: str) -> Any:
+    return None if text == "none" else text
+
+
+def _read_contrasts(texts: tuple[str, ...]) -> dict[str, Any]:
+    contrasts: dict[str, Any] = {}
+    for text in texts:
+        name, definition = parse_definition(text)
+        if name is None:
+            name = contrast_name(definition if isinstance(definition, str) else text)
+        if name in contrasts:
+            raise InputError(f"Two contrasts are named {name!r}. Give each its own name: NAME=EXPRESSION.")
+        contrasts[name] = definition
+    return contrasts
+
+
+def _open_runs(paths: tuple[str, ...]) -> dict[str, xr.Dataset]:
+    """Run stores by label; a study stands for all its runs."""
+    runs: dict[str, xr.Dataset] = {}
+    for path in paths:
+        if stores.is_study(path):
+            found = {
+                name.removeprefix("run-"): child.to_dataset() for name, child in stores.open_study(path).children.items()
+            }
+        else:
+            found = {Path(path).name.removeprefix("run-").removesuffix(".zarr"): stores.open_run(path)}
+        if doubled := set(found) & set(runs):
+            raise InputError(f"Two runs are labelled {', '.join(sorted(doubled))}. Rename a store: its name is its label.")
+        runs |= found
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------- verbs
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="chunkglm")
+@click.option("-q", "--quiet", is_flag=True, help="No progress.")
+@click.option("-v", "--verbose", is_flag=True, help="A traceback with every error.")
+def cli(*, quiet: bool, verbose: bool) -> None:
+    """First-level fMRI models and fixed effects on data larger than memory.
+
+    The whole job is `chunkglm run`; `chunkglm demo` shows it on simulated data.
+    """
+    _State.quiet, _State.verbose = quiet, verbose
+
+
+@cli.command()
+@click.argument("source", type=EXISTING)
+@click.argument("store", type=EXISTING)
+@_mask
+@_t_r
+@_smoothing
+@_memory
+@_overwrite
+def convert(source: str, store: str, *, overwrite: bool, memory: str, **options: Any) -> None:
+    """Convert the NIfTI run SOURCE to the run store STORE.
+
+    Example: chunkglm convert run1.nii.gz study.zarr/run-1 --mask mask.nii.gz
+    """
+    with stage(ERR, f"Converting {Path(source).name}", "volumes", quiet=_State.quiet) as progress:
+        convert_run(source, store, memory=memory, overwrite=overwrite, progress=progress, **options)
+    OUT.print(f"Wrote {store}", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("store", type=EXISTING)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(store: str, *, as_json: bool) -> None:
+    """Say what is in STORE, a run, a study, a fit, contrasts or fixed effects.
+
+    Example: chunkglm info study.zarr/run-1
+    """
+    if stores.is_study(store):
+        described = {name: _describe(child.to_dataset()) for name, child in stores.open_study(store).children.items()}
+    else:
+        described = {Path(store).name: _describe(stores.open_store(store))}
+    if as_json:
+        click.echo(json.dumps(described, indent=2, default=str))
+        return
+    for name, about in described.items():
+        table = Table(title=name, show_header=False, title_justify="left")
+        for key, value in about.items():
+            shown = "\n".join(f"{k} {tuple(v)}" for k, v in value.items()) if key == "variables" else str(value)
+            table.add_row(key, shown)
+        OUT.print(table)
+
+
+def _describe(ds: xr.Dataset) -> dict[str, Any]:
+    about: dict[str, Any] = dict(ds.attrs)
+    about["sizes"] = {str(dim): int(size) for dim, size in ds.sizes.items()}
+    if "mask" in ds and "run" not in ds["mask"].dims:
+        about["voxels_in_mask"] = int(ds["mask"].sum())
+    if "run" in ds.coords:
+        about["runs"] = [str(label) for label in ds["run"].values]
+    if "regressor" in ds.coords:
+        about["regressors"] = [str(name) for name in ds["regressor"].values]
+    about["variables"] = {str(name): [str(dim) for dim in ds[name].dims] for name in ds.data_vars}
+    return about
+
+
+@cli.command()
+@click.argument("stores_", metavar="STORE...", nargs=-1, required=True, type=EXISTING)
+def verify(stores_: tuple[str, ...]) -> None:
+    """Read all of STORE and check it against its checksums.
+
+    Example: chunkglm verify results/runs.zarr results/fit.zarr
+    """
+    for store in stores_:
+        stores.verify(store)
+        OUT.print(f"{store} is whole", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
+@_design
+@click.option("--output", required=True, type=EXISTING, help="Store for the fit.")
+@_column_names
+@_mask
+@_model
+@_n_threads
+@_overwrite
+def fit(
+    runs: tuple[str, ...],
+    designs: tuple[str, ...],
+    output: str,
+    column_names: str | None,
+    n_threads: int,
+    *,
+    overwrite: bool,
+    signal_scaling: str,
+    **options: Any,
+) -> None:
+    """Fit the run stores RUN (or all runs of a study).
+
+    Example: chunkglm fit study.zarr --design d1.csv --design d2.csv --output fit.zarr
+    """
+    stores.check_free(output, overwrite=overwrite)
+    names = read_column_names(column_names) if column_names else None
+    frames = [read_design(path, columns=jobs.names_for(path, names)) for path in designs]
+    lazy = fit_runs(_open_runs(runs), frames, signal_scaling=_scaling(signal_scaling), **options)
+    _save(lazy, output, "Fitting", n_threads=n_threads, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("fit_store", metavar="FIT", type=EXISTING)
+@_contrasts
+@click.option("--output", required=True, type=EXISTING, help="Store for the contrasts.")
+@_n_threads
+@_overwrite
+def contrast(
+    fit_store: str, contrasts: tuple[str, ...], output: str, n_threads: int, *, overwrite: bool
+) -> None:
+    """Test contrasts of the regressors of FIT in every run.
+
+    Example: chunkglm contrast fit.zarr --contrast "diff=face - house" --output contrasts.zarr
+    """
+    stores.check_free(output, overwrite=overwrite)
+    lazy = compute_contrast(stores.open_store(fit_store), _read_contrasts(contrasts))
+    _save(lazy, output, "Computing contrasts", n_threads=n_threads, overwrite=overwrite)
+
+
+@cli.command()
+@click.argument("contrast_store", metavar="CONTRASTS", type=EXISTING)
+@_precision_weighted
+@click.option("--output", required=True, type=EXISTING, help="Store for the fixed effects.")
+@_n_threads
+@_overwrite
+def combine(contrast_store: str, output: str, n_threads: int, *, overwrite: bool, precision_weighted: bool) -> None:
+    """Combine the runs in CONTRASTS by fixed effects.
+
+    Example: chunkglm combine contrasts.zarr --output fixed.zarr
+    """
+    stores.check_free(output, overwrite=overwrite)
+    lazy = fixed_effects(stores.open_store(contrast_store), precision_weighted=precision_weighted)
+    _save(lazy, output, "Combining runs", n_threads=n_threads, overwrite=overwrite)
+
+
+def _save(lazy: xr.Dataset, output: str, title: str, *, n_threads: int, overwrite: bool) -> None:
+    with threads(n_threads), stage(ERR, title, "tasks", quiet=_State.quiet) as progress:
+        stores.save(lazy, output, overwrite=overwrite, progress=progress)
+    OUT.print(f"Wrote {output}", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("store", type=EXISTING)
+@click.option("--output", required=True, type=EXISTING, help="Folder for maps; a .nii or .nii.gz file for a run.")
+@_overwrite
+def export(store: str, output: str, *, overwrite: bool) -> None:
+    """Write STORE as NIfTI: the maps of contrasts or fixed effects, or the signal of a run.
+
+    Example: chunkglm export fixed.zarr --output maps
+    """
+    ds = stores.open_store(store)
+    if "bold" in ds:
+        nifti.to_nifti(ds["bold"], output, overwrite=overwrite)
+        OUT.print(f"Wrote {output}", soft_wrap=True)
+        return
+    if "effect" not in ds:
+        raise InputError(
+            f"{store} holds {ds.attrs.get('kind', 'something')}, which has no maps to export. Export contrasts or fixed effects "
+            "(chunkglm contrast, chunkglm combine), or a run."
+        )
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
+        raise StoreExistsError(f"{folder} exists. Choose another --output, or say --overwrite.")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = jobs.export_maps(ds, folder)
+    OUT.print(f"Wrote {len(written)} files to {folder}", soft_wrap=True)
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
+@_design
+@_contrasts
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
+@_mask
+@_column_names
+@_t_r
+@_smoothing
+@_model
+@_precision_weighted
+@_memory
+@_n_threads
+@_overwrite
+def run(
+    contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, **options: Any
+) -> None:
+    """Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps.
+
+    \b
+    Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv
+                 --mask mask.nii.gz --smoothing-fwhm 5 --contrast "diff=face - house" --output results
+    """
+    job = jobs.Job(
+        contrasts=_read_contrasts(contrasts),
+        column_names=read_column_names(column_names) if column_names else None,
+        signal_scaling=_scaling(signal_scaling),
+        command=("chunkglm", *sys.argv[1:]),
+        **options,
+    )
+    _report(jobs.run_job(job, ERR, quiet=_State.quiet), job.output)
+
+
+@cli.command()
+@click.option("--output", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True, help="Folder.")
+@_overwrite
+def demo(output: Path, *, overwrite: bool) -> None:
+    """Do the whole job on two simulated sessions with known truth; needs no data and no network.
+
+    Example: chunkglm demo --output demo-results
+    """
+    outcome = demonstration.run_demo(output, ERR, quiet=_State.quiet, overwrite=overwrite)
+    OUT.print("Two simulated sessions, smoothed by 5 mm; the same as this command:", soft_wrap=True)
+    OUT.print(f"  {outcome.command}", soft_wrap=True, markup=False)
+    _report(outcome.summary, output)
+    for line in outcome.lines:
+        OUT.print(line, soft_wrap=True, markup=False)
+
+
+def _report(summary: jobs.Summary, output: Path) -> None:
+    """What was written, and the peaks."""
+    if summary.up_to_date:
+        OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
+    table = Table(title="Largest z")
+    for heading in ("contrast", "of", "dof", "t", "z", "at x, y, z (mm)", "voxels"):
+        table.add_column(heading, justify="left" if heading in ("contrast", "of") else "right")
+    for entry in summary.peaks:
+        of = "fixed effects" if entry["run"] is None else f"run {entry['run']}"
+        numbers = ["-"] * 4
+        if entry["z"] is not None:
+            mm = ", ".join(f"{v:.1f}" for v in entry["mm"])
+            numbers = [f"{entry['dof']:g}", f"{entry['t']:.2f}", f"{entry['z']:.2f}", mm]
+        table.add_row(entry["contrast"], of, *numbers, f"{entry['voxels']:,}")
+    OUT.print(table)
+    if not summary.up_to_date:
+        for what, where in (("maps", "maps"), ("fit", "fit.zarr"), ("runs", "runs.zarr"), ("provenance", jobs.PROVENANCE)):
+            OUT.print(f"{what:>10}: {output / where}", soft_wrap=True, markup=False)
+    memory = "" if summary.peak_memory is None else f", peak memory {summary.peak_memory / 1e6:.0f} MB"
+    OUT.print(f"{summary.seconds:.1f} s{memory}")
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _say("Warning", str(message))
+
+
+def _say(kind: str, message: str) -> None:
+    """One paragraph on standard error."""
+    text = " ".join(f"{kind}: {message}".split())
+    width = shutil.get_terminal_size().columns if sys.stderr.isatty() else 10**6
+    click.echo(textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False), err=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, with 1 on failure, with 2 on wrong usage."""
+    warnings.showwarning = _show_warning
+    try:
+        status = cli.main(args=arguments, prog_name="chunkglm", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("Stopped", "nothing that was complete is lost; run the same command again to go on.")
+        status = 1
+    except (ChunkGLMError, OSError, MemoryError) as error:
+        if _State.verbose:
+            raise
+        name = f"{type(error).__name__}: " if not isinstance(error, ChunkGLMError) else ""
+        _say("Error", f"{name}{error}")
+        status = 1
+    sys.stdout.flush()
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

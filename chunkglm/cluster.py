@@ -1,0 +1,77 @@
+"""Where the work runs, and how it is watched."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import dask
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Between lines of progress where there is no terminal."""
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Compute on this machine with a number of threads.
+
+    Parameters
+    ----------
+    number : int
+        Voxel blocks that are worked on at a time. It changes no result.
+    """
+    with dask.config.set(scheduler="threads", num_workers=number):
+        yield
+
+
+@contextmanager
+def stage(console: Console, title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+    """Show the progress of one stage of the work with an estimate of what is left.
+
+    Parameters
+    ----------
+    console : rich.console.Console
+        A bar on a terminal or in a notebook, plain lines elsewhere.
+    title, unit : str
+        What is done, and what is counted.
+    quiet : bool
+        Show nothing.
+
+    Yields
+    ------
+    callable or None
+        To be called with the number of finished units and of all units.
+    """
+    if quiet:
+        yield None
+    elif console.is_terminal or console.is_jupyter:
+        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        yield _lines(console, title, unit)
+
+
+def _lines(console: Console, title: str, unit: str) -> Callable[[int, int], None]:
+    """Progress as plain lines: at intervals, and at the end."""
+    started = time.monotonic()
+    last = [started]
+
+    def show(done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - last[0] < SECONDS_BETWEEN_LINES:
+            return
+        last[0] = now
+        spent = now - started
+        rest = f"about {spent / done * (total - done):.0f} s left" if done < total else f"{spent:.1f} s"
+        console.print(f"{title}: {done} of {total} {unit}, {rest}", highlight=False, soft_wrap=True)
+
+    return show
