@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +20,17 @@ from chunkglm import job as jobs
 from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import stage, threads
+from chunkglm.cluster import return_freed_memory, stage, threads
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
 from chunkglm.design import contrast_name, parse_definition, read_column_names, read_design
-from chunkglm.errors import ChunkGLMError, InputError, StoreExistsError
+from chunkglm.errors import ChunkGLMError, ChunkGLMWarning, InputError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit as fit_runs
+from chunkglm.maps import export_maps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import xarray as xr
 
@@ -60,19 +62,38 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists.")
 _memory = click.option(
-    "--memory", default="2GiB", show_default=True, help="Memory to use besides the interpreter and its imports (about 200 MiB)."
+    "--memory",
+    default="2GiB",
+    show_default=True,
+    help="Memory to use besides the interpreter and its imports (about 200 MiB).",
 )
 _n_threads = click.option(
-    "--n-threads", type=click.IntRange(1), default=plan.available_cpus, help="Voxel blocks at a time.  [default: all processors]"
+    "--n-threads",
+    type=click.IntRange(1),
+    default=plan.available_cpus,
+    help="Voxel blocks at a time.  [default: all processors]",
 )
-_mask = click.option("--mask", type=EXISTING, help="Mask image. Without it the brain is found in the temporal mean.")
-_t_r = click.option("--t-r", type=float, help="Repetition time in seconds, where the header has none or a wrong one.")
-_smoothing = click.option("--smoothing-fwhm", type=float, help="Gaussian smoothing, full width at half maximum in mm.")
+_mask = click.option(
+    "--mask", type=EXISTING, help="Mask image. Without it the brain is found in the temporal mean."
+)
+_t_r = click.option(
+    "--t-r", type=float, help="Repetition time in seconds, where the header has none or a wrong one."
+)
+_smoothing = click.option(
+    "--smoothing-fwhm", type=float, help="Gaussian smoothing, full width at half maximum in mm."
+)
 _column_names = click.option(
-    "--column-names", type=EXISTING, help="File with the names of the design's columns, one a line, for designs without names."
+    "--column-names",
+    type=EXISTING,
+    help="File with the names of the design's columns, one a line, for designs without names.",
 )
 _design = click.option(
-    "--design", "designs", multiple=True, required=True, type=EXISTING, help="Design matrix of a run; once for each run."
+    "--design",
+    "designs",
+    multiple=True,
+    required=True,
+    type=EXISTING,
+    help="Design matrix of a run; once for each run.",
 )
 _model = _options(
     click.option(
@@ -122,12 +143,15 @@ def _open_runs(paths: tuple[str, ...]) -> dict[str, xr.Dataset]:
     for path in paths:
         if stores.is_study(path):
             found = {
-                name.removeprefix("run-"): child.to_dataset() for name, child in stores.open_study(path).children.items()
+                name.removeprefix("run-"): child.to_dataset()
+                for name, child in stores.open_study(path).children.items()
             }
         else:
             found = {Path(path).name.removeprefix("run-").removesuffix(".zarr"): stores.open_run(path)}
         if doubled := set(found) & set(runs):
-            raise InputError(f"Two runs are labelled {', '.join(sorted(doubled))}. Rename a store: its name is its label.")
+            raise InputError(
+                f"Two runs are labelled {', '.join(sorted(doubled))}. Rename a store: its name is its label."
+            )
         runs |= found
     return runs
 
@@ -174,7 +198,9 @@ def info(store: str, *, as_json: bool) -> None:
     Example: chunkglm info study.zarr/run-1
     """
     if stores.is_study(store):
-        described = {name: _describe(child.to_dataset()) for name, child in stores.open_study(store).children.items()}
+        described = {
+            name: _describe(child.to_dataset()) for name, child in stores.open_study(store).children.items()
+        }
     else:
         described = {Path(store).name: _describe(stores.open_store(store))}
     if as_json:
@@ -183,7 +209,9 @@ def info(store: str, *, as_json: bool) -> None:
     for name, about in described.items():
         table = Table(title=name, show_header=False, title_justify="left")
         for key, value in about.items():
-            shown = "\n".join(f"{k} {tuple(v)}" for k, v in value.items()) if key == "variables" else str(value)
+            shown = (
+                "\n".join(f"{k} {tuple(v)}" for k, v in value.items()) if key == "variables" else str(value)
+            )
             table.add_row(key, shown)
         OUT.print(table)
 
@@ -268,7 +296,9 @@ def contrast(
 @click.option("--output", required=True, type=EXISTING, help="Store for the fixed effects.")
 @_n_threads
 @_overwrite
-def combine(contrast_store: str, output: str, n_threads: int, *, overwrite: bool, precision_weighted: bool) -> None:
+def combine(
+    contrast_store: str, output: str, n_threads: int, *, overwrite: bool, precision_weighted: bool
+) -> None:
     """Combine the runs in CONTRASTS by fixed effects.
 
     Example: chunkglm combine contrasts.zarr --output fixed.zarr
@@ -286,7 +316,9 @@ def _save(lazy: xr.Dataset, output: str, title: str, *, n_threads: int, overwrit
 
 @cli.command()
 @click.argument("store", type=EXISTING)
-@click.option("--output", required=True, type=EXISTING, help="Folder for maps; a .nii or .nii.gz file for a run.")
+@click.option(
+    "--output", required=True, type=EXISTING, help="Folder for maps; a .nii or .nii.gz file for a run."
+)
 @_overwrite
 def export(store: str, output: str, *, overwrite: bool) -> None:
     """Write STORE as NIfTI: the maps of contrasts or fixed effects, or the signal of a run.
@@ -300,14 +332,14 @@ def export(store: str, output: str, *, overwrite: bool) -> None:
         return
     if "effect" not in ds:
         raise InputError(
-            f"{store} holds {ds.attrs.get('kind', 'something')}, which has no maps to export. Export contrasts or fixed effects "
-            "(chunkglm contrast, chunkglm combine), or a run."
+            f"{store} holds {ds.attrs.get('kind', 'something')}, which has no maps to export. Export contrasts or "
+            "fixed effects (chunkglm contrast, chunkglm combine), or a run."
         )
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
         raise StoreExistsError(f"{folder} exists. Choose another --output, or say --overwrite.")
     folder.mkdir(parents=True, exist_ok=True)
-    written = jobs.export_maps(ds, folder)
+    written = export_maps(ds, folder)
     OUT.print(f"Wrote {len(written)} files to {folder}", soft_wrap=True)
 
 
@@ -325,10 +357,8 @@ def export(store: str, output: str, *, overwrite: bool) -> None:
 @_memory
 @_n_threads
 @_overwrite
-def run(
-    contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, **options: Any
-) -> None:
-    """Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps.
+def run(contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, **options: Any) -> None:
+    r"""Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps.
 
     \b
     Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv
@@ -345,7 +375,13 @@ def run(
 
 
 @cli.command()
-@click.option("--output", type=click.Path(path_type=Path), default=Path("demo-results"), show_default=True, help="Folder.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("demo-results"),
+    show_default=True,
+    help="Folder.",
+)
 @_overwrite
 def demo(output: Path, *, overwrite: bool) -> None:
     """Do the whole job on two simulated sessions with known truth; needs no data and no network.
@@ -364,9 +400,10 @@ def _report(summary: jobs.Summary, output: Path) -> None:
     """What was written, and the peaks."""
     if summary.up_to_date:
         OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
-    table = Table(title="Largest z")
-    for heading in ("contrast", "of", "dof", "t", "z", "at x, y, z (mm)", "voxels"):
-        table.add_column(heading, justify="left" if heading in ("contrast", "of") else "right")
+    table = Table(box=None, pad_edge=False)
+    for heading in ("contrast", "of", "dof", "peak t", "peak z", "at x, y, z (mm)", "voxels"):
+        left = heading in ("contrast", "of")
+        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
     for entry in summary.peaks:
         of = "fixed effects" if entry["run"] is None else f"run {entry['run']}"
         numbers = ["-"] * 4
@@ -376,7 +413,12 @@ def _report(summary: jobs.Summary, output: Path) -> None:
         table.add_row(entry["contrast"], of, *numbers, f"{entry['voxels']:,}")
     OUT.print(table)
     if not summary.up_to_date:
-        for what, where in (("maps", "maps"), ("fit", "fit.zarr"), ("runs", "runs.zarr"), ("provenance", jobs.PROVENANCE)):
+        for what, where in (
+            ("maps", "maps"),
+            ("fit", "fit.zarr"),
+            ("runs", "runs.zarr"),
+            ("provenance", jobs.PROVENANCE),
+        ):
             OUT.print(f"{what:>10}: {output / where}", soft_wrap=True, markup=False)
     memory = "" if summary.peak_memory is None else f", peak memory {summary.peak_memory / 1e6:.0f} MB"
     OUT.print(f"{summary.seconds:.1f} s{memory}")
@@ -385,8 +427,20 @@ def _report(summary: jobs.Summary, output: Path) -> None:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say("Warning", str(message))
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """Warnings of chunkglm as sentences on standard error, each once."""
+    seen = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            _say("Warning", str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", ChunkGLMWarning)
+        warnings.showwarning = show
+        yield
 
 
 def _say(kind: str, message: str) -> None:
@@ -398,9 +452,10 @@ def _say(kind: str, message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 1 on failure, with 2 on wrong usage."""
-    warnings.showwarning = _show_warning
+    return_freed_memory()
     try:
-        status = cli.main(args=arguments, prog_name="chunkglm", standalone_mode=False)
+        with _warnings_in_words():
+            status = cli.main(args=arguments, prog_name="chunkglm", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         status = error.exit_code

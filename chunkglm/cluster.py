@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dask
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Parameters of glibc's mallopt."""
+
 SECONDS_BETWEEN_LINES = 10.0
 """Between lines of progress where there is no terminal."""
+
+
+def return_freed_memory() -> None:
+    """Have the C library give large arrays back to the system when they are freed.
+
+    By default glibc keeps freed memory of up to 32 MiB a piece for later, and a process that works in blocks of that size
+    holds several times what it uses. For the process of the command line; a library does not decide this for others.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**20)
 
 
 @contextmanager
@@ -32,7 +56,9 @@ def threads(number: int) -> Iterator[None]:
 
 
 @contextmanager
-def stage(console: Console, title: str, unit: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], None] | None]:
+def stage(
+    console: Console, title: str, unit: str, *, quiet: bool = False
+) -> Iterator[Callable[[int, int], None] | None]:
     """Show the progress of one stage of the work with an estimate of what is left.
 
     Parameters
@@ -52,7 +78,12 @@ def stage(console: Console, title: str, unit: str, *, quiet: bool = False) -> It
     if quiet:
         yield None
     elif console.is_terminal or console.is_jupyter:
-        columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit)]
+        columns: list[Any] = [
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+        ]
         with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
             task = bar.add_task(title, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)

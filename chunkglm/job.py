@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from chunkglm import nifti, plan
 from chunkglm import store as stores
@@ -28,31 +27,23 @@ from chunkglm._version import __version__
 from chunkglm.cluster import stage, threads
 from chunkglm.contrasts import contrast
 from chunkglm.convert import convert
-from chunkglm.design import as_design, contrast_name, contrast_weights, read_design
+from chunkglm.design import as_design, contrast_weights, read_design
 from chunkglm.errors import InputError, StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit
+from chunkglm.maps import peak, write_json, write_maps
 from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, SPACE, canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import pandas as pd
+    import xarray as xr
     from rich.console import Console
 
     Definition = str | Sequence[float]
 
 PROVENANCE = "provenance.json"
-MAPS = {"effect": "effect", "variance": "variance", "stat": "t", "p_value": "p", "z_score": "z"}
-"""Variables that are written as maps, and what they are called in file names."""
-
-MEANING = {
-    "effect": "contrast of the regression coefficients",
-    "variance": "variance of the effect",
-    "stat": "t statistic",
-    "p_value": "one-sided p value (right tail)",
-    "z_score": "signed standard normal score with the p value of the statistic",
-}
 
 
 @dataclass(frozen=True)
@@ -113,9 +104,7 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
     previous = _previous(job.output)
     hashes = [_sha256(run) for run in job.runs] if previous or (job.output / "runs.zarr").exists() else None
     if previous and hashes and previous.get("key") == _job_key(job, designs, hashes):
-        return Summary(
-            True, previous["outputs"], previous["peaks"], time.monotonic() - started, None
-        )
+        return Summary(True, previous["outputs"], previous["peaks"], time.monotonic() - started, None)
     _check_output(job, previous)
     runs = _convert_all(job, hashes, console, quiet=quiet)
     sources = [run.attrs["source_sha256"] for run in runs.values()]
@@ -125,7 +114,9 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
             _inside(job.output, old).unlink(missing_ok=True)
         outputs, peaks = _write_all(job, fitted, runs, console, quiet=quiet)
     summary = Summary(False, outputs, peaks, time.monotonic() - started, peak_memory())
-    _write_json(job.output / PROVENANCE, _provenance(job, _job_key(job, designs, sources), runs, fitted, summary))
+    write_json(
+        job.output / PROVENANCE, _provenance(job, _job_key(job, designs, sources), runs, fitted, summary)
+    )
     return summary
 
 
@@ -171,7 +162,9 @@ def _previous(output: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise StoreError(f"{output / PROVENANCE} cannot be read: {error}. Remove {output}, or choose another output.") from error
+        raise StoreError(
+            f"{output / PROVENANCE} cannot be read: {error}. Remove {output}, or choose another output."
+        ) from error
     return found if isinstance(found, dict) else {}
 
 
@@ -180,17 +173,21 @@ def _check_output(job: Job, previous: dict[str, Any] | None) -> None:
         return
     if previous is not None:
         raise StoreExistsError(
-            f"{job.output} holds the result of another job (other data, designs, contrasts or options). Choose another --output, "
-            "or say --overwrite."
+            f"{job.output} holds the result of another job (other data, designs, contrasts or options). Choose another "
+            "--output, or say --overwrite."
         )
     known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data"}
-    strangers = [entry.name for entry in job.output.iterdir() if entry.name not in known] if job.output.is_dir() else []
+    strangers = (
+        [entry.name for entry in job.output.iterdir() if entry.name not in known]
+        if job.output.is_dir()
+        else []
+    )
     if job.output.exists() and not job.output.is_dir():
         raise StoreExistsError(f"{job.output} is a file; the output is a folder. Choose another --output.")
     if strangers:
         raise StoreExistsError(
-            f"{job.output} exists and holds something else ({', '.join(sorted(strangers)[:5])}). Choose another --output, or say "
-            "--overwrite to write into it."
+            f"{job.output} exists and holds something else ({', '.join(sorted(strangers)[:5])}). Choose another --output, "
+            "or say --overwrite to write into it."
         )
 
 
@@ -198,7 +195,9 @@ def _inside(folder: Path, name: str) -> Path:
     """A path within ``folder``, never outside of it."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise StoreError(f"{folder / PROVENANCE} names a file outside of its folder ({name}); it was altered. Remove it.")
+        raise StoreError(
+            f"{folder / PROVENANCE} names a file outside of its folder ({name}); it was altered. Remove it."
+        )
     return path
 
 
@@ -216,7 +215,11 @@ def _sha256(path: str) -> str:
 
 def _fit_key(job: Job, designs: Mapping[str, pd.DataFrame], sources: Sequence[str]) -> str:
     content = [
-        [label, list(design.columns), hashlib.sha256(np.ascontiguousarray(design.to_numpy()).tobytes()).hexdigest()]
+        [
+            label,
+            list(design.columns),
+            hashlib.sha256(np.ascontiguousarray(design.to_numpy()).tobytes()).hexdigest(),
+        ]
         for label, design in designs.items()
     ]
     mask = None if job.mask is None else _sha256(job.mask)
@@ -272,12 +275,19 @@ def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str,
     per_thread = 0
     for run in runs.values():
         sizes = plan.Chunks(*(max(sizes) for sizes in run["bold"].chunks))  # type: ignore[union-attr]
-        per_thread = max(per_thread, plan.fit_memory_per_thread(sizes, run["bold"].dtype.itemsize, len(columns)))
+        per_thread = max(
+            per_thread, plan.fit_memory_per_thread(sizes, run["bold"].dtype.itemsize, len(columns))
+        )
     return plan.threads_within(plan.parse_memory(job.memory), 0, per_thread, job.n_threads, "Fitting")
 
 
 def _fit_all(
-    job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str, pd.DataFrame], console: Console, *, quiet: bool
+    job: Job,
+    runs: Mapping[str, xr.Dataset],
+    designs: Mapping[str, pd.DataFrame],
+    console: Console,
+    *,
+    quiet: bool,
 ) -> xr.Dataset:
     place = job.output / "fit.zarr"
     key = _fit_key(job, designs, [run.attrs["source_sha256"] for run in runs.values()])
@@ -311,8 +321,11 @@ def _write_all(
         for name, definition in job.contrasts.items():
             lazy = contrast(fitted, definition)
             combined = fixed_effects(lazy, precision_weighted=job.precision_weighted)
-            entries = [(None, combined, inputs)]
-            entries += [(str(label), lazy.isel(run=n), inputs[n : n + 1]) for n, label in enumerate(lazy["run"].values)]
+            entries: list[tuple[str | None, xr.Dataset, list[str]]] = [(None, combined, inputs)]
+            entries += [
+                (str(label), lazy.isel(run=n), inputs[n : n + 1])
+                for n, label in enumerate(lazy["run"].values)
+            ]
             for label, one, of in entries:
                 maps = one.compute()
                 outputs += write_maps(maps, folder, name, run=label, inputs=of)
@@ -321,113 +334,6 @@ def _write_all(
                 if progress is not None:
                     progress(done, total)
     return [os.path.relpath(path, job.output) for path in outputs], peaks
-
-
-# ---------------------------------------------------------------------------------------------------------------- maps
-
-
-def write_maps(
-    maps: xr.Dataset, folder: Path, name: str, *, run: str | None = None, inputs: Sequence[str] = ()
-) -> list[Path]:
-    """Write the statistics of one contrast as NIfTI maps with JSON sidecars.
-
-    Parameters
-    ----------
-    maps : Dataset
-        Statistics with dims ``(z, y, x)``, of one run or of the fixed effects.
-    folder : Path
-    name : str
-        Name of the contrast.
-    run : str, optional
-        Label of the run; none for the fixed effects.
-    inputs : sequence of str
-        Names of the recordings, for the sidecars.
-
-    Returns
-    -------
-    list of Path
-        Everything that was written: a map for effect, variance, t, p and z (0 where the statistic is not a number), a
-        sidecar for each, and the mask of the voxels that have a statistic.
-    """
-    prefix = "" if run is None else f"run-{run}_"
-    written = []
-    dof = maps["dof"].values[np.isfinite(maps["dof"].values)]
-    for variable, suffix in MAPS.items():
-        path = folder / f"{prefix}contrast-{name}_stat-{suffix}_statmap.nii.gz"
-        nifti.to_nifti(maps[variable].fillna(0), path, overwrite=True)
-        sidecar = {
-            "Description": f"{MEANING[variable]}; {'fixed effects' if run is None else f'run {run}'}",
-            "Contrast": name,
-            "Formula": json.loads(maps.attrs["definition"]),
-            "Weights": {str(r): float(w) for r, w in zip(maps["regressor"].values, maps["weights"].values, strict=True) if w},
-            "DegreesOfFreedom": float(dof.max()) if dof.size else None,
-            "Inputs": list(inputs),
-            "Model": {key: maps.attrs.get(key) for key in ("noise_model", "signal_scaling", "compat")},
-            "GeneratedBy": {"Name": "chunkglm", "Version": __version__},
-        }
-        if run is None:
-            sidecar["PrecisionWeighted"] = bool(maps.attrs["precision_weighted"])
-            sidecar["Runs"] = list(maps.attrs["combined"])
-        side_path = path.with_name(path.name.removesuffix(".nii.gz") + ".json")
-        _write_json(side_path, sidecar)
-        written += [path, side_path]
-    mask_path = folder / f"{prefix}contrast-{name}_mask.nii.gz"
-    nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
-    return [*written, mask_path]
-
-
-def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
-    """Write the maps of contrasts or fixed effects, one at a time in memory.
-
-    Parameters
-    ----------
-    ds : Dataset
-        Statistics, perhaps with the dims ``contrast`` and ``run``.
-    folder : Path
-
-    Returns
-    -------
-    list of Path
-        What was written.
-    """
-    definitions = json.loads(ds.attrs["definition"])
-    if "contrast" in ds.dims:
-        named = [(str(name), ds.sel(contrast=name)) for name in ds["contrast"].values]
-    else:
-        name = next(iter(definitions)) or contrast_name(str(next(iter(definitions.values()))))
-        named = [(name, ds)]
-    written = []
-    for name, one in named:
-        if "run" not in one.dims:
-            written += write_maps(one.compute(), folder, name)
-            continue
-        for number, label in enumerate(one["run"].values):
-            written += write_maps(one.isel(run=number).compute(), folder, name, run=str(label))
-    return written
-
-
-def peak(maps: xr.Dataset) -> dict[str, Any]:
-    """Where the z score is largest.
-
-    Returns
-    -------
-    dict
-        ``z``, ``t``, ``dof``, ``mm`` (x, y, z in millimetres), ``voxels`` with a statistic; the first four None where there
-        is none.
-    """
-    z = maps["z_score"].transpose(*SPACE).values
-    if not np.isfinite(z).any():
-        return {"z": None, "t": None, "dof": None, "mm": None, "voxels": 0}
-    place = np.unravel_index(np.nanargmax(z), z.shape)
-    mm = nifti.slice_affine(maps) @ [*place[::-1], 1]
-    dof = maps["dof"].values
-    return {
-        "z": float(z[place]),
-        "t": float(maps["stat"].transpose(*SPACE).values[place]),
-        "dof": float(dof[place] if dof.ndim else dof),
-        "mm": [round(float(v), 1) for v in mm[:3]],
-        "voxels": int(np.isfinite(z).sum()),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance
@@ -455,7 +361,11 @@ def _provenance(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(summary.seconds, 2),
         "peak_memory_bytes": summary.peak_memory,
-        "versions": {"chunkglm": __version__, "python": platform.python_version(), **{p: version(p) for p in packages}},
+        "versions": {
+            "chunkglm": __version__,
+            "python": platform.python_version(),
+            **{p: version(p) for p in packages},
+        },
         "options": {
             "contrasts": job.contrasts,
             "smoothing_fwhm": job.smoothing_fwhm,
@@ -487,10 +397,3 @@ def _provenance(
         "peaks": summary.peaks,
         "outputs": summary.outputs,
     }
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

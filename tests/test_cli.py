@@ -1,0 +1,463 @@
+"""The command line, from the outside."""
+
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import xarray as xr
+
+import chunkglm as cg
+from chunkglm.cli import main
+from chunkglm.testing import write_simulated_run
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (16, 18, 12)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two small sessions with designs and a mask."""
+    folder = tmp_path_factory.mktemp("data")
+    for session, volumes in ((1, 60), (2, 66)):
+        write_simulated_run(
+            folder / f"run{session}.nii.gz",
+            folder / f"run{session}_design.npz",
+            folder / "mask.nii.gz",
+            shape=SHAPE,
+            n_volumes=volumes,
+            session=session,
+            effect_percent=4.0,
+            overwrite=True,
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """The output of a whole job."""
+    output = tmp_path_factory.mktemp("job") / "results"
+    assert call(*job(data), "--output", output) == 0
+    return output
+
+
+def call(*arguments):
+    """Exit status of a command."""
+    before = warnings.showwarning
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    assert warnings.showwarning is before, "the command line must not leave its ways to the process"
+    return exit_.value.code
+
+
+def job(data, contrast="diff=[-1,-1,1,1,0,0]"):
+    return (
+        "run", data / "run1.nii.gz", data / "run2.nii.gz",
+        "--design", data / "run1_design.npz", "--design", data / "run2_design.npz",
+        "--mask", data / "mask.nii.gz", "--smoothing-fwhm", "5", "--contrast", contrast,
+    )  # fmt: skip
+
+
+def fails(capsys, *arguments, status=1):
+    """The message of a command that must fail: one paragraph, no traceback, nothing on standard output."""
+    assert call(*arguments) == status
+    out, err = capsys.readouterr()
+    errors = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in err
+    assert out == ""
+    if status == 1:
+        assert len(errors) == 1, err
+        return errors[0]
+    return err
+
+
+# ------------------------------------------------------------------------------------------------------------- whole job
+
+
+def test_run__leaves_stores_maps_sidecars_and_provenance(finished, data):
+    maps = finished / "maps"
+    for prefix in ("", "run-1_", "run-2_"):
+        for stat in ("effect", "variance", "t", "p", "z"):
+            image = nib.load(maps / f"{prefix}contrast-diff_stat-{stat}_statmap.nii.gz")
+            assert image.shape == SHAPE
+            assert np.isfinite(image.get_fdata()).all()
+            sidecar = json.loads((maps / f"{prefix}contrast-diff_stat-{stat}_statmap.json").read_text())
+            assert sidecar["Weights"] == {"SSt": -1, "SSp": -1, "DSt": 1, "DSp": 1}
+            assert sidecar["DegreesOfFreedom"] == {"": 114, "run-1_": 54, "run-2_": 60}[prefix]
+            assert len(sidecar["Inputs"]) == (1 if prefix else 2)
+    cg.verify(finished / "runs.zarr")
+    cg.verify(finished / "fit.zarr")
+    provenance = json.loads((finished / "provenance.json").read_text())
+    assert [run["volumes"] for run in provenance["runs"]] == [60, 66]
+    assert provenance["mask"]["path"] == str(data / "mask.nii.gz")
+    assert all((finished / name).is_file() for name in provenance["outputs"])
+    assert len(provenance["outputs"]) == 3 * 11
+
+
+def test_run__is_the_api(finished, data):
+    runs = cg.open_study(finished / "runs.zarr")
+    fit = cg.fit(runs, [data / "run1_design.npz", data / "run2_design.npz"])
+    contrasts = cg.contrast(fit, [-1, -1, 1, 1, 0, 0])
+    combined = cg.fixed_effects(contrasts)
+    for prefix, expected in (
+        ("", combined),
+        ("run-1_", contrasts.isel(run=0)),
+        ("run-2_", contrasts.isel(run=1)),
+    ):
+        for stat, name in (
+            ("effect", "effect"),
+            ("variance", "variance"),
+            ("t", "stat"),
+            ("z", "z_score"),
+            ("p", "p_value"),
+        ):
+            image = nib.load(finished / "maps" / f"{prefix}contrast-diff_stat-{stat}_statmap.nii.gz")
+            np.testing.assert_array_equal(image.get_fdata().T, expected[name].fillna(0).values)
+    inside = nib.load(finished / "maps" / "contrast-diff_mask.nii.gz").get_fdata().T.astype(bool)
+    np.testing.assert_array_equal(inside, combined.stat.notnull().values)
+
+
+def test_run__same_bits_whatever_threads_and_memory(finished, data, tmp_path):
+    assert call(*job(data), "--output", tmp_path / "other", "--n-threads", "1", "--memory", "150MiB") == 0
+    one, other = (sorted((folder / "maps").glob("*.nii.gz")) for folder in (finished, tmp_path / "other"))
+    assert [path.name for path in one] == [path.name for path in other]
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+
+
+def test_run__again_is_up_to_date(finished, data, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert call(*job(data), "--output", finished, "--n-threads", "1") == 0
+    assert "up to date" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_run__refuses_another_output_and_overwrites_when_told(finished, data, tmp_path, capsys):
+    output = tmp_path / "results"
+    shutil.copytree(finished, output)
+    other = job(data, "other=DSt - SSt")
+    message = fails(capsys, *other, "--output", output)
+    assert str(output) in message
+    assert "--overwrite" in message
+    fit_before = (output / "fit.zarr" / "zarr.json").stat().st_mtime_ns
+    assert call(*other, "--output", output, "--overwrite") == 0
+    assert (output / "fit.zarr" / "zarr.json").stat().st_mtime_ns == fit_before, (
+        "another contrast needs no other fit"
+    )
+    assert (output / "maps" / "contrast-other_stat-z_statmap.nii.gz").is_file()
+    assert not list((output / "maps").glob("*contrast-diff*")), (
+        "maps of the job that was replaced must not linger"
+    )
+
+
+def test_run__goes_on_where_it_stopped(finished, data, tmp_path):
+    output = tmp_path / "results"
+    shutil.copytree(finished, output)
+    (output / "provenance.json").unlink()
+    shutil.rmtree(output / "maps")
+    shutil.rmtree(output / "runs.zarr" / "run-2")
+    kept = (output / "runs.zarr" / "run-1" / "zarr.json").stat().st_mtime_ns
+    assert call(*job(data), "--output", output) == 0
+    assert (output / "runs.zarr" / "run-1" / "zarr.json").stat().st_mtime_ns == kept
+    for path in (finished / "maps").glob("*.nii.gz"):
+        assert (output / "maps" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_run__never_touches_a_foreign_folder(data, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "thesis.tex").write_text("precious")
+    message = fails(capsys, *job(data), "--output", tmp_path / "results")
+    assert "thesis.tex" in message
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["thesis.tex"]
+
+
+def test_run__prints_dof_peak_time_and_memory(data, tmp_path, capsys):
+    assert call("-q", *job(data), "--output", tmp_path / "results") == 0
+    out, err = capsys.readouterr()
+    assert "114" in out
+    assert "fixed effects" in out
+    assert re.search(r"\d+\.\d s, peak memory \d+ MB", out)
+    assert err == ""
+
+
+def test_run__says_a_warning_once_in_words(data, tmp_path, capsys):
+    assert call(*job(data, "diff=[-1,-1,1,1]"), "--output", tmp_path / "results") == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "Warning" in line]
+    assert len(warned) == 1
+    assert warned[0].startswith("Warning: ")
+    assert "weight 0" in warned[0]
+
+
+def test_run__compat_and_precision_weighting_are_followed(data, tmp_path):
+    from nilearn.glm import compute_fixed_effects
+
+    output = tmp_path / "results"
+    assert (
+        call(
+            *job(data),
+            "--output",
+            output,
+            "--compat",
+            "nilearn",
+            "--noise-model",
+            "ols",
+            "--precision-weighted",
+        )
+        == 0
+    )
+    maps = output / "maps"
+    effects, variances = (
+        [str(maps / f"run-{n}_contrast-diff_stat-{stat}_statmap.nii.gz") for n in (1, 2)]
+        for stat in ("effect", "variance")
+    )
+    expected = compute_fixed_effects(
+        effects, variances, str(data / "mask.nii.gz"), precision_weighted=True, dofs=[54, 60]
+    )
+    for stat, image in zip(("effect", "variance", "t", "z"), expected, strict=True):
+        got = nib.load(maps / f"contrast-diff_stat-{stat}_statmap.nii.gz").get_fdata()
+        np.testing.assert_allclose(got, image.get_fdata(), rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- single verbs
+
+
+def test_verbs__one_by_one_give_the_maps_of_run(finished, data, tmp_path):
+    study = tmp_path / "study.zarr"
+    for n in (1, 2):
+        source, store = data / f"run{n}.nii.gz", study / f"run-{n}"
+        assert call("convert", source, store, "--mask", data / "mask.nii.gz", "--smoothing-fwhm", "5") == 0
+    designs = [item for n in (1, 2) for item in ("--design", data / f"run{n}_design.npz")]
+    assert call("fit", study, *designs, "--output", tmp_path / "fit.zarr") == 0
+    contrast = ("--contrast", "diff=[-1,-1,1,1,0,0]")
+    assert call("contrast", tmp_path / "fit.zarr", *contrast, "--output", tmp_path / "con.zarr") == 0
+    assert call("combine", tmp_path / "con.zarr", "--output", tmp_path / "fixed.zarr") == 0
+    for store in ("con.zarr", "fixed.zarr"):
+        assert call("export", tmp_path / store, "--output", tmp_path / "maps", "--overwrite") == 0
+    for path in (finished / "maps").glob("*.nii.gz"):
+        np.testing.assert_array_equal(
+            nib.load(tmp_path / "maps" / path.name).get_fdata(), nib.load(path).get_fdata()
+        )
+
+
+def test_export__gives_a_run_back(data, tmp_path):
+    assert call("convert", data / "run1.nii.gz", tmp_path / "run.zarr") == 0
+    assert call("export", tmp_path / "run.zarr", "--output", tmp_path / "back.nii.gz") == 0
+    source, back = (
+        gzip.decompress(path.read_bytes()) for path in (data / "run1.nii.gz", tmp_path / "back.nii.gz")
+    )
+    assert source == back
+
+
+def test_info__is_json_for_programs(finished, capsys):
+    assert call("info", finished / "runs.zarr", "--json") == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["run-2"]["sizes"]["time"] == 66
+    assert call("info", finished / "fit.zarr") == 0
+    assert "sigma2" in capsys.readouterr().out
+
+
+def test_verify__names_the_damage(finished, tmp_path, capsys):
+    run = tmp_path / "run-1"
+    shutil.copytree(finished / "runs.zarr" / "run-1", run)
+    assert call("verify", run) == 0
+    capsys.readouterr()
+    chunk = next(path for path in (run / "bold" / "c").rglob("*") if path.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(content)
+    assert chunk.relative_to(run).as_posix() in fails(capsys, "verify", run)
+
+
+def test_demo__recovers_the_truth_and_combines_to_a_higher_peak(tmp_path, capsys):
+    assert call("demo", "--output", tmp_path / "demo") == 0
+    out = capsys.readouterr().out
+    assert "higher than either session" in out
+    assert float(re.search(r"r = (\d\.\d+)", out)[1]) > 0.6
+    assert (tmp_path / "demo" / "maps" / "contrast-DSt_minus_SSt_stat-z_statmap.nii.gz").is_file()
+    command = re.search(r"^  (chunkglm run .*)$", out, flags=re.MULTILINE)[1]
+    assert "--contrast 'DSt_minus_SSt=[-1,-1,1,1]'" in command
+
+
+@pytest.mark.parametrize(
+    "verb", ["convert", "info", "verify", "fit", "contrast", "combine", "export", "run", "demo"]
+)
+def test_help__has_an_example(verb, capsys):
+    assert call(verb, "--help") == 0
+    assert f"chunkglm {verb}" in capsys.readouterr().out
+
+
+def test_module_and_script__are_the_command_line():
+    for command in ([sys.executable, "-m", "chunkglm"], [str(Path(sys.executable).with_name("chunkglm"))]):
+        if not Path(command[0]).exists():
+            pytest.skip("the chunkglm script is not installed beside this Python")
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == f"chunkglm, version {cg.__version__}"
+
+
+# ----------------------------------------------------------------------------------------------------------- wrong input
+
+
+def altered(data, **changes):
+    """The whole job with other values of options; a list is given several times."""
+    words = {
+        "runs": [data / "run1.nii.gz", data / "run2.nii.gz"],
+        "design": [data / "run1_design.npz", data / "run2_design.npz"],
+        "mask": data / "mask.nii.gz",
+        "contrast": "diff=DSt - SSt",
+    } | changes
+    arguments = ["run", *words.pop("runs")]
+    for option, values in words.items():
+        for value in values if isinstance(values, list) else [values]:
+            arguments += [f"--{option}", value]
+    return arguments
+
+
+def write_image(path, data, affine=None, t_r=2.0):
+    image = nib.Nifti1Image(data, np.eye(4) if affine is None else affine)
+    if data.ndim == 4:
+        image.header.set_zooms((*image.header.get_zooms()[:3], t_r))
+        image.header.set_xyzt_units("mm", "sec")
+    image.to_filename(path)
+    return path
+
+
+def wrong_inputs(data, folder):
+    """Changes to the job, and what the message must say, by name."""
+    good = nib.load(data / "run1.nii.gz")
+    values = np.asarray(good.dataobj)
+    (folder / "text.nii.gz").write_text("this is not an image")
+    truncated = folder / "truncated.nii.gz"
+    truncated.write_bytes((data / "run1.nii.gz").read_bytes()[:-5000])
+    flat = write_image(folder / "flat.nii.gz", values[..., 0], good.affine)
+    timeless = write_image(folder / "timeless.nii.gz", values, good.affine, t_r=0.0)
+    small = write_image(folder / "small.nii.gz", np.ones((4, 4, 4), dtype=np.uint8))
+    shifted = write_image(
+        folder / "shifted.nii.gz",
+        np.ones(SHAPE, dtype=np.uint8),
+        good.affine + np.diag([0, 0, 0, 0.0]) + np.array([[0, 0, 0, 9.0], [0] * 4, [0] * 4, [0] * 4]),
+    )
+    empty = write_image(folder / "empty.nii.gz", np.zeros(SHAPE, dtype=np.uint8), good.affine)
+    second = data / "run2.nii.gz"
+    one, two = data / "run1_design.npz", data / "run2_design.npz"
+    return {
+        "no such file": ({"runs": [folder / "none.nii.gz", second]}, ["none.nii.gz"]),
+        "not a NIfTI": ({"runs": [folder / "text.nii.gz", second]}, ["text.nii.gz"]),
+        "truncated gzip": ({"runs": [truncated, second]}, ["truncated.nii.gz", "again"]),
+        "3-D image": ({"runs": [flat, second]}, ["flat.nii.gz", "3-D"]),
+        "no repetition time": ({"runs": [timeless, second]}, ["timeless.nii.gz", "--t-r"]),
+        "rows and volumes": ({"design": [two, one]}, ["run2_design.npz", "66", "60"]),
+        "one design": ({"design": [one]}, ["2 runs", "1 design"]),
+        "no such design": ({"design": [folder / "none.csv", two]}, ["none.csv"]),
+        "mask on another grid": ({"mask": small}, ["small.nii.gz", "(4, 4, 4)"]),
+        "mask shifted": ({"mask": shifted}, ["shifted.nii.gz", "mm"]),
+        "empty mask": ({"mask": empty}, ["empty.nii.gz", "empty"]),
+        "no such mask": ({"mask": folder / "none.nii"}, ["none.nii"]),
+        "unknown regressor": ({"contrast": "diff=DSt - typo"}, ["typo", "DSt"]),
+        "constant": ({"contrast": "diff=DSt - SSt + 2"}, ["constant"]),
+        "product": ({"contrast": "diff=DSt * SSt"}, ["DSt * SSt"]),
+        "hostile name": ({"contrast": "../x=DSt"}, ["../x"]),
+        "too many weights": ({"contrast": "diff=[1,2,3,4,5,6,7,8,9,10]"}, ["10"]),
+        "two of a name": ({"contrast": ["a=DSt", "a=SSt"]}, ["'a'"]),
+        "noise model": ({"noise-model": "ar2"}, ["ar2"]),
+        "memory": ({"memory": "1MiB"}, ["memory", "1.0 MiB"]),
+        "no amount of memory": ({"memory": "lots"}, ["lots"]),
+        "negative smoothing": ({"smoothing-fwhm": "-5"}, ["-5"]),
+    }
+
+
+WRONG = [
+    "no such file", "not a NIfTI", "truncated gzip", "3-D image", "no repetition time", "rows and volumes", "one design",
+    "no such design", "mask on another grid", "mask shifted", "empty mask", "no such mask", "unknown regressor", "constant",
+    "product", "hostile name", "too many weights", "two of a name", "noise model", "memory", "no amount of memory",
+    "negative smoothing",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_run__wrong_input_is_one_paragraph(what, data, tmp_path, capsys):
+    changes, expected = wrong_inputs(data, tmp_path)[what]
+    message = fails(capsys, *altered(data, **changes), "--output", tmp_path / "results")
+    for words in expected:
+        assert words in message
+    assert not (tmp_path / "results" / "provenance.json").exists()
+    assert not list((tmp_path / "results").rglob("*.nii.gz"))
+
+
+def test_wrong_inputs__are_all_tested(data, tmp_path):
+    assert sorted(wrong_inputs(data, tmp_path)) == sorted(WRONG)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["nonsense"], ["run", "a.nii", "--output", "x"], ["fit", "x", "--n-threads", "0"], ["run", "--no-such-option"],
+     ["run", "a.nii", "--design", "d", "--contrast", "c", "--output", "x", "--compat", "spm"]],
+)  # fmt: skip
+def test_usage__is_status_two(arguments, capsys):
+    fails(capsys, *arguments, status=2)
+
+
+@pytest.mark.parametrize("verb", ["fit", "contrast", "combine", "export", "info", "verify"])
+def test_verbs__missing_store_is_one_paragraph(verb, tmp_path, capsys):
+    more = {
+        "fit": ["--design", tmp_path / "none.csv", "--output", tmp_path / "o"],
+        "contrast": ["--contrast", "a", "--output", tmp_path / "o"],
+        "combine": ["--output", tmp_path / "o"],
+        "export": ["--output", tmp_path / "o"],
+    }.get(verb, [])
+    assert "none" in fails(capsys, verb, tmp_path / "none.zarr", *more)
+
+
+def test_convert__refuses_what_exists(data, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").write_text("precious")
+    for more in ([], ["--overwrite"]):
+        message = fails(capsys, "convert", data / "run1.nii.gz", tmp_path / "there", *more)
+        assert "there" in message
+    assert (tmp_path / "there" / "file").read_text() == "precious"
+
+
+def test_verbose__gives_the_traceback(tmp_path):
+    with pytest.raises(cg.errors.SourceNotFoundError):
+        main(["-v", "info", str(tmp_path / "none.zarr")])
+
+
+# ---------------------------------------------------------------------------------------------------------------- README
+
+
+def readme_command(name):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"<!-- {name} -->\n```bash\n(.*?)\n```", text, flags=re.DOTALL)[1]
+
+
+def test_readme__has_two_commands_of_one_line_from_a_bare_python():
+    for name in ("demo", "tests"):
+        command = readme_command(name)
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install")
+        assert "\n" not in command
+
+
+def test_readme__python_runs_as_it_stands(data, tmp_path, monkeypatch):
+    code = re.search(
+        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
+    )[1]
+    monkeypatch.chdir(tmp_path)
+    for n in (1, 2):
+        shutil.copy(data / f"run{n}.nii.gz", tmp_path)
+        design = cg.read_design(data / f"run{n}_design.npz").rename(columns={"DSt": "face", "SSt": "house"})
+        design.to_csv(f"run{n}_design.csv", index=False)
+    shutil.copy(data / "mask.nii.gz", tmp_path)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    np.testing.assert_array_equal(nib.load("z.nii.gz").get_fdata().T, names["combined"].z_score.values)
+    assert isinstance(names["fit"], xr.Dataset)
+
+
+def test_no_trace_is_left_by_failures(data, tmp_path, capsys):
+    fails(capsys, "convert", data / "run1.nii.gz", tmp_path / "s.zarr", "--memory", "1MiB")
+    assert list(tmp_path.iterdir()) == []
