@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
@@ -14,18 +14,18 @@ from chunkglm import store as stores
 from chunkglm.errors import InputError, MaskError
 from chunkglm.kernels.masking import epi_mask
 from chunkglm.kernels.smoothing import sigma_voxels, smooth_volume
-from chunkglm.schema import RUN, SPACE, annotate
+from chunkglm.schema import NUMERICAL_VERSION, RUN, SPACE, annotate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from numpy.typing import NDArray
 
     from chunkglm.nifti import ImageLike, RunReader
     from chunkglm.store import StoreLike, StoreWriter
 
-LONGEST_T_R = 60.0
-"""Seconds; a longer repetition time in a header is more likely milliseconds without their unit."""
+SHORTEST_T_R, LONGEST_T_R = 0.01, 60.0
+"""Seconds; a repetition time outside them in a header is more likely one with the wrong unit."""
 
 
 def convert(
@@ -42,8 +42,8 @@ def convert(
     """Convert a NIfTI run to a run store.
 
     The file is read once, in blocks of volumes. The store holds its values exactly, in the file's dtype, unless
-    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32. The mask is found in, or applied to, and the
-    mean image is taken of, the unsmoothed signal.
+    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32. The mask is found in, or applied
+    to, and the mean image is taken of, the unsmoothed signal.
 
     Parameters
     ----------
@@ -88,24 +88,26 @@ def convert(
         repetition_time = _repetition_time(reader, t_r)
         grid = nifti.Grid(reader.shape[1:], reader.header.affine)
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
-        stored = _stored_dtype(reader, smoothing_fwhm)
-        n_threads = _threads(reader, stored, memory, smooth=smoothing_fwhm is not None)
-        template = _template(reader, repetition_time, smoothing_fwhm, stored)
+        n_threads = _threads(reader, memory, smooth=smoothing_fwhm is not None)
+        template = _template(reader, repetition_time, smoothing_fwhm)
         with stores.writing(store, overwrite=overwrite) as writer, ThreadPoolExecutor(n_threads) as pool:
-            chunks = plan.bold_chunks(reader.shape, stored.itemsize)
-            writer.create(stores.savable(template), _chunk_shapes(chunks, template))
-            mean = _stream(reader, writer, chunks, _smoother(reader, smoothing_fwhm, pool), pool, progress)
+            chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
+            shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
+            writer.create(stores.savable(template), shapes)
+            process = _smoother(reader, smoothing_fwhm, pool)
+            mean = _stream(reader, writer, chunks, process, pool=pool, progress=progress)
             found = epi_mask(mean) if given_mask is None else given_mask
             if not found.any():
                 raise MaskError(
-                    f"No brain was found in {reader.name}: the temporal mean has no clear gap between background and brain. "
-                    "Give a mask (mask= or --mask)."
+                    f"No brain was found in {reader.name}: the temporal mean has no clear gap between background "
+                    "and brain. Give a mask (mask= or --mask)."
                 )
             writer.array("mask")[...] = found
-            writer.array("mean_image")[...] = mean.astype(np.float32)
+            with np.errstate(over="ignore"):
+                writer.array("mean_image")[...] = mean.astype(np.float32)
             writer.finish(
                 {
-                    "source_name": os.path.basename(reader.name),  # noqa: PTH119  (URLs too)
+                    "source_name": reader.file_name,
                     "source_size": reader.size,
                     "source_sha256": reader.sha256,
                     "mask_source": "epi" if mask is None else "given",
@@ -122,10 +124,10 @@ def _repetition_time(reader: RunReader, given: float | None) -> float:
         )
     if not (np.isfinite(t_r) and t_r > 0):
         raise InputError(f"The repetition time is {t_r} s; it must be positive.")
-    if given is None and t_r > LONGEST_T_R:
+    if given is None and not SHORTEST_T_R <= t_r <= LONGEST_T_R:
         raise InputError(
-            f"{reader.name} has a repetition time of {t_r:g} s in its header, which is hardly meant. Give it in seconds: t_r= "
-            "or --t-r."
+            f"{reader.name} has a repetition time of {t_r:g} s in its header, which is hardly meant. Give it in "
+            "seconds: t_r= or --t-r."
         )
     return float(t_r)
 
@@ -134,37 +136,40 @@ def _stored_dtype(reader: RunReader, fwhm: float | None) -> np.dtype[Any]:
     return np.dtype(np.float32) if fwhm is not None else reader.header.dtype.newbyteorder("=")
 
 
-def _threads(reader: RunReader, stored: np.dtype[Any], memory: int | str, *, smooth: bool) -> int:
+def _threads(reader: RunReader, memory: int | str, *, smooth: bool) -> int:
     def needed(n: int) -> int:
-        return plan.convert_memory(
-            reader.shape, reader.header.dtype.itemsize, stored.itemsize, n, smooth=smooth
-        )
+        itemsize = reader.header.dtype.itemsize
+        return plan.convert_memory(reader.shape, itemsize, 4 if smooth else itemsize, n, smooth=smooth)
 
-    budget, wanted = plan.parse_memory(memory), plan.available_cpus()
-    fixed = needed(0)
-    return plan.threads_within(budget, fixed, needed(1) - fixed, wanted, f"Converting {reader.name}")
+    what = f"Converting {reader.name}"
+    return plan.most_threads(plan.parse_memory(memory), needed, plan.available_cpus(), what)
 
 
-def _template(reader: RunReader, t_r: float, fwhm: float | None, stored: np.dtype[Any]) -> xr.Dataset:
-    """The store's metadata: everything but the values of bold, mask and mean image."""
+def _template(reader: RunReader, t_r: float, fwhm: float | None) -> xr.Dataset:
+    """Make the store's metadata: everything but the values of bold, mask and mean image."""
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
 
     header, (n_time, *volume) = reader.header, reader.shape
-    scale = (
-        {"scale_factor": header.slope, "add_offset": header.intercept}
-        if header.scaled and fwhm is None
-        else {}
-    )
+    bold = xr.Variable(("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=-1))
+    if header.scaled and fwhm is None:
+        bold.encoding = {
+            "dtype": bold.dtype,
+            "scale_factor": header.slope,
+            "add_offset": header.intercept,
+        }
     ds = xr.Dataset(
         {
-            "bold": xr.Variable(
-                ("time", *SPACE), da.zeros(reader.shape, dtype=stored, chunks=-1), attrs=dict(scale)
-            ),
+            "bold": bold,
             "mask": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=bool, chunks=-1)),
             "mean_image": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=np.float32, chunks=-1)),
         },
         coords=nifti.grid_coords(header.affine, volume, header.raw),
-        attrs={"kind": "run", "repetition_time": t_r, "processing": _processing(fwhm)},
+        attrs={
+            "kind": "run",
+            "repetition_time": t_r,
+            "processing": _processing(fwhm),
+            "numerical_version": NUMERICAL_VERSION,
+        },
     )
     ds = ds.assign_coords(time=("time", t_r * np.arange(n_time), {"units": "s"}))
     if fwhm is not None:
@@ -176,30 +181,24 @@ def _processing(fwhm: float | None) -> list[str]:
     return [] if fwhm is None else [f"smoothed by a Gaussian of {fwhm:g} mm full width at half maximum"]
 
 
-def _chunk_shapes(chunks: plan.Chunks, template: xr.Dataset) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"bold": tuple(chunks)}
-    for name in ("mask", "mean_image"):
-        shapes[name] = template[name].shape
-    return shapes
-
-
 def _smoother(
     reader: RunReader, fwhm: float | None, pool: ThreadPoolExecutor
 ) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """What turns a block of stored values into a block to keep."""
+    """Make the function from a block of stored values to the block to keep."""
     if fwhm is None:
         return lambda block: block
     header = reader.header
     sigma = sigma_voxels(fwhm, nifti.voxel_sizes(header.affine)[::-1].tolist())
 
-    def smooth(volume: NDArray[Any]) -> NDArray[Any]:
-        values = volume * header.slope + header.intercept if header.scaled else volume
-        return smooth_volume(values, sigma)
+    def smooth(volume: NDArray[Any], out: NDArray[np.float32]) -> None:
+        values = volume.astype(np.float64) * header.slope + header.intercept if header.scaled else volume
+        with np.errstate(over="ignore"):
+            out[...] = smooth_volume(values, sigma)
 
     def smooth_block(block: NDArray[Any]) -> NDArray[Any]:
         out = np.empty(block.shape, dtype=np.float32)
-        for number, volume in enumerate(pool.map(smooth, block)):
-            out[number] = volume
+        for _ in pool.map(smooth, block, out):
+            pass
         return out
 
     return smooth_block
@@ -210,6 +209,7 @@ def _stream(
     writer: StoreWriter,
     chunks: plan.Chunks,
     process: Callable[[NDArray[Any]], NDArray[Any]],
+    *,
     pool: ThreadPoolExecutor,
     progress: Callable[[int, int], None] | None,
 ) -> NDArray[np.float64]:
@@ -222,21 +222,29 @@ def _stream(
         slab = slice(z, min(z + chunks.z, n_z))
         bold[start : start + len(block), slab] = block[:, slab]
 
-    for start, block in _ahead(reader.blocks(chunks.time)):
-        for volume in block:
-            total += volume
-        kept = process(block)
-        for _ in pool.map(lambda z, s=start, k=kept: write_slab(s, k, z), range(0, n_z, chunks.z)):  # type: ignore[misc]
-            pass
-        if progress is not None:
-            progress(start + len(block), n_time)
-    return total / n_time * reader.header.slope + reader.header.intercept
+    # Closing waits for the block that is being read, before the file is closed.
+    with closing(_ahead(reader.blocks(chunks.time))) as blocks:
+        for start, block in blocks:
+            with np.errstate(invalid="ignore", over="ignore"):
+                for volume in block:
+                    total += volume
+            kept = process(block)
+            slabs = [pool.submit(write_slab, start, kept, z) for z in range(0, n_z, chunks.z)]
+            for slab in slabs:
+                slab.result()
+            del kept  # or the next block would be made beside it
+            if progress is not None:
+                progress(start + len(block), n_time)
+    mean: NDArray[np.float64] = total / n_time * reader.header.slope + reader.header.intercept
+    return mean
 
 
-def _ahead(blocks: Iterator[tuple[int, NDArray[Any]]]) -> Iterator[tuple[int, NDArray[Any]]]:
-    """The same blocks, each read while the one before it is worked on."""
+def _ahead(
+    blocks: Iterator[tuple[int, NDArray[Any]]],
+) -> Generator[tuple[int, NDArray[Any]]]:
+    """Yield the same blocks, each read while the one before it is worked on."""
     with ThreadPoolExecutor(1) as reading:
         pending = reading.submit(next, blocks, None)
         while (item := pending.result()) is not None:
             pending = reading.submit(next, blocks, None)
-            yield cast("tuple[int, NDArray[Any]]", item)
+            yield item

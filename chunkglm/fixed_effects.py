@@ -18,18 +18,22 @@ from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from numpy.typing import NDArray
+
 COMBINED = ("effect", "variance", "dof")
 """What is needed of each run."""
 
 
-def fixed_effects(contrasts: xr.Dataset, *, dim: Hashable = "run", precision_weighted: bool = False) -> xr.Dataset:
+def fixed_effects(
+    contrasts: xr.Dataset, *, dim: Hashable = "run", precision_weighted: bool = False
+) -> xr.Dataset:
     """Combine the same contrast of several runs.
 
     Parameters
     ----------
     contrasts : Dataset
-        ``effect``, ``variance`` and ``dof`` over ``dim``, from :func:`chunkglm.contrast` or any other origin and with any
-        further dims. ``dof`` may vary between voxels.
+        ``effect``, ``variance`` and ``dof`` over ``dim``, from :func:`chunkglm.contrast` or any other origin and
+        with any further dims. ``dof`` may vary between voxels.
     dim : hashable
         Dimension to combine over.
     precision_weighted : bool
@@ -38,9 +42,9 @@ def fixed_effects(contrasts: xr.Dataset, *, dim: Hashable = "run", precision_wei
     Returns
     -------
     Dataset
-        ``effect``, ``variance``, ``dof``, ``stat``, ``p_value``, ``z_score`` and ``n_runs`` (runs that were combined) without
-        ``dim``, lazy and float64. A run that is NaN at a voxel is left out there, so ``dof`` and ``n_runs`` have the voxel
-        dims too; no run left gives NaN.
+        ``effect``, ``variance``, ``dof``, ``stat``, ``p_value``, ``z_score`` and ``n_runs`` (runs that were
+        combined) without ``dim``, lazy and float64. A run that is NaN at a voxel is left out there, so ``dof``
+        and ``n_runs`` have the voxel dims too; no run left gives NaN.
 
     Raises
     ------
@@ -51,9 +55,9 @@ def fixed_effects(contrasts: xr.Dataset, *, dim: Hashable = "run", precision_wei
 
     Notes
     -----
-    With n runs: ``effect = mean(effect_r)`` and ``variance = sum(variance_r) / n**2``; weighted by precision, ``variance = 1 /
-    sum(1 / variance_r)`` and ``effect = variance * sum(effect_r / variance_r)``. Degrees of freedom add up. The attribute
-    ``compat`` of the contrasts is followed.
+    With n runs: ``effect = mean(effect_r)`` and ``variance = sum(variance_r) / n**2``; weighted by precision,
+    ``variance = 1 / sum(1 / variance_r)`` and ``effect = variance * sum(effect_r / variance_r)``. Degrees of
+    freedom add up. The attribute ``compat`` of the contrasts is followed.
     """
     if "covariance" in contrasts:
         raise NotAvailableError("Fixed effects of F contrasts are not available in this version.")
@@ -62,12 +66,15 @@ def fixed_effects(contrasts: xr.Dataset, *, dim: Hashable = "run", precision_wei
             require(contrasts, STATISTICS, (name,), "Fixed effects")
         if dim not in contrasts[name].dims:
             raise InputError(
-                f"Fixed effects are over {dim!r}, but {name!r} has only the dims {contrasts[name].dims}. Give dim=, or combine "
-                "several runs with xarray.concat first."
+                f"Fixed effects are over {dim!r}, but {name!r} has only the dims {contrasts[name].dims}. Give dim=, or "
+                "combine several runs with xarray.concat first."
             )
-    _warn_of_missing(contrasts, dim)
-    arrays = xr.broadcast(*(contrasts[name].astype(np.float64) for name in COMBINED))
-    arrays = tuple(array.transpose(dim, ...) for array in arrays)
+    labels = [str(label) for label in contrasts[dim].to_numpy()]
+    lacks = _lacks(contrasts["dof"], dim)
+    _report(
+        [label for label, one in zip(labels, lacks, strict=True) if one.any()], dim, none=bool(lacks.all())
+    )
+    arrays = _aligned(contrasts, dim)
     combine = partial(
         combine_runs,
         precision_weighted=precision_weighted,
@@ -78,31 +85,50 @@ def fixed_effects(contrasts: xr.Dataset, *, dim: Hashable = "run", precision_wei
     ds = xr.Dataset({name: one.copy(data=rows[row]) for row, name in enumerate((*COMBINED, "n_runs"))})
     if "weights" in contrasts and dim not in contrasts["weights"].dims:
         ds["weights"] = contrasts["weights"]
-    labels = contrasts[dim].values if dim in contrasts.coords else np.arange(contrasts.sizes[dim])
     ds.attrs = {
         **contrasts.attrs,
         "kind": "fixed_effects",
         "format_version": FORMAT_VERSION,
         "precision_weighted": int(precision_weighted),
-        "combined": [str(label) for label in labels],
+        "combined": [label for label, one in zip(labels, lacks, strict=True) if not one.all()],
     }
     return annotate(add_statistics(ds), STATISTICS)
 
 
-def _warn_of_missing(contrasts: xr.Dataset, dim: Hashable) -> None:
-    """Name the runs that have no degrees of freedom: their contrast could not be estimated."""
-    dof = contrasts["dof"]
-    if dof.chunks is not None:
-        return
-    missing = dof.isnull().all([other for other in dof.dims if other != dim]).values
-    if not missing.any():
-        return
-    labels = contrasts[dim].values if dim in contrasts.coords else np.arange(contrasts.sizes[dim])
-    names = ", ".join(str(label) for label in labels[missing])
-    if missing.all():
-        raise ContrastError(f"No run has the contrast: it is missing in {names}.")
-    warnings.warn(
-        f"Left out of the fixed effects, because the contrast cannot be estimated there: {dim} {names}.",
-        ChunkGLMWarning,
-        stacklevel=3,
-    )
+def _aligned(contrasts: xr.Dataset, dim: Hashable) -> list[xr.DataArray]:
+    """Effect, variance and degrees of freedom as float64 with the same dims, ``dim`` first.
+
+    Degrees of freedom that do not vary between voxels have length 1 along them.
+    """
+    effect, variance, dof = (contrasts[name].astype(np.float64) for name in COMBINED)
+    if set(dof.dims) <= set(effect.dims) | set(variance.dims):
+        effect, variance = xr.broadcast(effect, variance)
+        dof = xr.DataArray(dof.variable).expand_dims(
+            [other for other in effect.dims if other not in dof.dims]
+        )
+    else:
+        effect, variance, dof = xr.broadcast(effect, variance, dof)
+    dims = (dim, *(other for other in effect.dims if other != dim))
+    return [array.transpose(*dims) for array in (effect, variance, dof)]
+
+
+def _lacks(dof: xr.DataArray, dim: Hashable) -> NDArray[np.bool_]:
+    """Tell which runs (and which of several contrasts there) have no degrees of freedom, shape (R, ...)."""
+    voxel_dims = [other for other in dof.dims if other not in (dim, "contrast")]
+    if voxel_dims and dof.chunks is not None:
+        # Maps are not computed for the sake of a warning.
+        return np.zeros(dof.sizes[dim], dtype=bool)
+    lacks: NDArray[np.bool_] = ~dof.notnull().any(voxel_dims).transpose(dim, ...).to_numpy()
+    return lacks
+
+
+def _report(missing: list[str], dim: Hashable, *, none: bool) -> None:
+    if none:
+        raise ContrastError(f"No run has the contrast: it is missing in {dim} {', '.join(missing)}.")
+    if missing:
+        warnings.warn(
+            "Left out of the fixed effects, because the contrast cannot be estimated there: "
+            f"{dim} {', '.join(missing)}.",
+            ChunkGLMWarning,
+            stacklevel=3,
+        )

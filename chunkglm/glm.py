@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-import dask.array as da
 import numpy as np
 import pandas as pd
 import xarray as xr
 
 from chunkglm import nifti
-from chunkglm.blocks import as_blocks, map_voxel_blocks
+from chunkglm.blocks import as_blocks, as_chunked, map_voxel_blocks, mean, single_blas_thread, stack
 from chunkglm.design import as_design
-from chunkglm.errors import ChunkGLMWarning, DesignError, InputError, MaskError, NotAvailableError
+from chunkglm.errors import (
+    ChunkGLMWarning,
+    DesignError,
+    GridMismatchError,
+    InputError,
+    MaskError,
+    NotAvailableError,
+)
 from chunkglm.kernels import glm as kernel
-from chunkglm.schema import FIT, FORMAT_VERSION, NUMERICAL_VERSION, RUN, SPACE, annotate, require, text_labels
+from chunkglm.schema import (
+    FIT,
+    FORMAT_VERSION,
+    NUMERICAL_VERSION,
+    RUN,
+    SPACE,
+    annotate,
+    require,
+    text_labels,
+)
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable
 
     from numpy.typing import NDArray
 
@@ -32,6 +47,16 @@ if TYPE_CHECKING:
 
 NOISE_MODELS = ("ols", "ar1")
 SCALINGS = ("voxel", "run", None)
+
+_COLUMN = "place of the regressor among the columns of the run's design; -1 where it has none"
+
+# Without numbers, so that Python shows it once and not for every voxel block.
+_NO_PERCENT = (
+    "There are voxels in the mask that vary in time, but whose percent signal change does not exist, because the "
+    "mean it refers to (of the voxel, or of the run if signal_scaling='run') is 0 or less. They are NaN. To count "
+    "them, compute (run.mask & (run.bold.mean('time') <= 0)).sum(); to fit such data as it is, use "
+    "signal_scaling=None."
+)
 
 
 def fit(
@@ -49,17 +74,18 @@ def fit(
     Parameters
     ----------
     runs : Dataset, sequence, mapping or DataTree
-        Runs with ``bold (time, z, y, x)`` and ``mask (z, y, x)`` on one grid, as :func:`chunkglm.open_run` opens them; of
-        any length, and with any dask chunks or in memory. The keys of a mapping and the names of a tree (less ``run-``)
-        are the labels of the runs; otherwise they are ``1``, ``2``, ...
+        Runs with ``bold (time, z, y, x)`` and ``mask (z, y, x)`` on one grid, as :func:`chunkglm.open_run` opens
+        them; of any length, and with any dask chunks or in memory. The keys of a mapping and the names of a tree
+        (less ``run-``) are the labels of the runs; otherwise they are ``1``, ``2``, ...
     designs : DataFrame, array or path, or a sequence or mapping of them
-        A design matrix (volume, regressor) for each run, in the order of the runs or with their labels. Columns are matched
-        by name; runs may have different ones.
+        A design matrix (volume, regressor) for each run, in the order of the runs or with their labels. Columns
+        are matched by name; runs may have different ones.
     noise_model : {"ar1", "ols"}
-        AR(1) noise at each voxel's own coefficient (Yule-Walker on the least squares residuals; Prais-Winsten without
-        rescaling the first sample), or ordinary least squares.
+        AR(1) noise at each voxel's own coefficient (Yule-Walker on the least squares residuals; Prais-Winsten
+        without rescaling the first sample), or ordinary least squares.
     signal_scaling : {"voxel", "run", None}
-        Percent change against the voxel's temporal mean, against the mean over the mask and time, or none.
+        Percent change against the voxel's temporal mean, against the mean over the mask and time, or none. Where
+        that mean is 0 or less, the voxel is NaN, and the computation warns once.
     mask : path, nibabel image or DataArray, optional
         Used for every run instead of the runs' own masks.
     sample_masks : None
@@ -70,10 +96,11 @@ def fit(
     Returns
     -------
     Dataset
-        ``beta (run, regressor, z, y, x)``, ``sigma2 (run, z, y, x)``, ``rho (run, lag, z, y, x)`` (not for OLS), float64 and
-        lazy; ``dof (run)``, ``design (run, volume, regressor)``, ``frame_time`` and ``sample_mask (run, volume)``,
-        ``n_volumes (run)``, ``mask (run, z, y, x)``. NaN outside the mask, in voxels without variance in time, and in
-        columns that a run does not have.
+        ``beta (run, regressor, z, y, x)``, ``sigma2 (run, z, y, x)``, ``rho (run, lag, z, y, x)`` (not for OLS),
+        float64 and lazy; ``dof (run)``, ``design (run, volume, regressor)``, ``column (run, regressor)`` (the
+        place of a regressor among the columns of the run's design, -1 where it has none), ``frame_time`` and
+        ``sample_mask (run, volume)``, ``n_volumes (run)``, ``mask (run, z, y, x)``. NaN outside the mask, in
+        voxels without variance in time, and in columns that a run does not have.
 
     Raises
     ------
@@ -86,23 +113,29 @@ def fit(
     run_of = label_runs(runs)
     design_of = _label_designs(designs, run_of)
     regressors = list(dict.fromkeys(name for design in design_of.values() for name in design.columns))
-    grid = nifti.grid_of(next(iter(run_of.values())))
-    options = {"noise_model": noise_model, "signal_scaling": signal_scaling, "compat": compat}
-    fits = [
-        _fit_run(label, run, design_of[label], _mask_of(run, mask, grid, label), regressors, **options)
-        for label, run in run_of.items()
-    ]
+    given_mask = None if mask is None else _given_mask(mask, next(iter(run_of.values())))
+    fits = []
+    for label, run in run_of.items():
+        design = design_of[label]
+        model, dof = _model_of(label, design, noise_model, signal_scaling, compat)
+        run_mask = _own_mask(run, label) if given_mask is None else given_mask
+        columns = _columns(design, regressors)
+        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask))
     ds = _assemble(run_of, design_of, regressors, fits, autoregressive=noise_model != "ols")
     ds.attrs = {
         "kind": "fit",
         "format_version": FORMAT_VERSION,
         "numerical_version": NUMERICAL_VERSION,
-        **{key: "none" if value is None else value for key, value in options.items()},
+        "noise_model": noise_model,
+        "signal_scaling": signal_scaling or "none",
+        "compat": compat or "none",
     }
     return annotate(ds, FIT)
 
 
-def _check_options(noise_model: str, signal_scaling: str | None, sample_masks: object, compat: str | None) -> None:
+def _check_options(
+    noise_model: str, signal_scaling: str | None, sample_masks: object, compat: str | None
+) -> None:
     if noise_model not in NOISE_MODELS:
         order = str(noise_model).removeprefix("ar")
         if noise_model == "auto" or (order.isdecimal() and int(order) > 1):
@@ -111,21 +144,23 @@ def _check_options(noise_model: str, signal_scaling: str | None, sample_masks: o
             )
         raise InputError(f"There is no noise model {noise_model!r}; accepted are 'ar1' and 'ols'.")
     if signal_scaling not in SCALINGS:
-        raise InputError(f"There is no signal scaling {signal_scaling!r}; accepted are 'voxel', 'run' and None.")
+        raise InputError(
+            f"There is no signal scaling {signal_scaling!r}; accepted are 'voxel', 'run' and None."
+        )
     if sample_masks is not None:
         raise NotAvailableError(
-            "Censoring by sample_masks is not available in this version. Add a column to the design for each volume to be "
-            "censored, 1 there and 0 elsewhere: with noise_model='ols' that is the same."
+            "Censoring by sample_masks is not available in this version. Add a column to the design for each volume "
+            "to be censored, 1 there and 0 elsewhere: with noise_model='ols' that is the same."
         )
     if compat not in (None, "nilearn"):
         raise InputError(f"There is no compat {compat!r}; accepted are None and 'nilearn'.")
 
 
-# -------------------------------------------------------------------------------------------------------------- runs
+# -------------------------------------------------------------------------------------------------------- runs
 
 
 def label_runs(runs: Runs) -> dict[str, xr.Dataset]:
-    """Runs by label.
+    """Give every run its label, and check that they are runs on one grid.
 
     Parameters
     ----------
@@ -140,6 +175,7 @@ def label_runs(runs: Runs) -> dict[str, xr.Dataset]:
     InputError, GridMismatchError
         If there is no run, one is not a run, or they lie on different grids.
     """
+    labelled: dict[str, xr.Dataset]
     if isinstance(runs, xr.Dataset):
         labelled = {"1": runs}
     elif isinstance(runs, xr.DataTree):
@@ -147,127 +183,185 @@ def label_runs(runs: Runs) -> dict[str, xr.Dataset]:
         if not labelled and runs.has_data:
             labelled = {"1": runs.to_dataset()}
     elif isinstance(runs, Mapping):
-        labelled = {str(label): run for label, run in runs.items()}
-    else:
+        labelled = {str(label): run for label, run in cast("Mapping[str, xr.Dataset]", runs).items()}
+    elif isinstance(runs, Sequence):
         labelled = {str(number): run for number, run in enumerate(runs, start=1)}
+    else:
+        raise InputError(
+            f"The runs are of type {type(runs).__name__}; accepted are a Dataset as open_run opens it, a list or "
+            "mapping of them, or a study's DataTree."
+        )
     if not labelled:
-        raise InputError("There is no run to fit. Give one Dataset, a list or mapping of them, or a study's DataTree.")
+        raise InputError(
+            "There is no run to fit. Give one Dataset, a list or mapping of them, or a study's DataTree."
+        )
     first = next(iter(labelled))
     for label, run in labelled.items():
         if not isinstance(run, xr.Dataset):
-            raise InputError(f"Run {label} is a {type(run).__name__}; a run is a Dataset, as open_run opens it.")
+            raise InputError(
+                f"Run {label} is a {type(run).__name__}; a run is a Dataset, as open_run opens it."
+            )
         require(run, RUN, ("bold",), f"Run {label}")
-        nifti.check_same_grid(nifti.grid_of(run), nifti.grid_of(labelled[first]), f"Run {label}", f"run {first}")
+        if run["bold"].dtype.kind not in "biuf":
+            raise InputError(
+                f"Run {label} has a bold of dtype {run['bold'].dtype}; accepted are real numbers."
+            )
+        _check_same_grid(run, labelled[first], f"Run {label}", f"run {first}")
     return labelled
+
+
+def _check_same_grid(
+    got: xr.Dataset | xr.DataArray, expected: xr.Dataset, got_name: str, expected_name: str
+) -> None:
+    """Compare voxel grids; of data that carries none, the number of voxels."""
+    if "grid" in got.coords and "grid" in expected.coords:
+        nifti.check_same_grid(nifti.grid_of(got), nifti.grid_of(expected), got_name, expected_name)
+    shapes = [tuple(obj.sizes[dim] for dim in SPACE) for obj in (got, expected)]
+    if shapes[0] != shapes[1]:
+        raise GridMismatchError(
+            f"{got_name} has {shapes[0]} voxels along z, y, x and {expected_name} has {shapes[1]}. They must lie on "
+            "the same grid: resample one to the other first."
+        )
 
 
 def _label_designs(designs: Designs, runs: dict[str, xr.Dataset]) -> dict[str, pd.DataFrame]:
     """Designs by the labels of their runs, each checked against its run."""
+    by_label: dict[str, Any]
     if isinstance(designs, Mapping):
-        missing, unknown = set(runs) - set(designs), set(designs) - set(runs)
-        if missing or unknown:
+        by_label = {str(label): design for label, design in designs.items()}
+        if set(by_label) != set(runs):
             raise DesignError(
-                f"The designs are labelled {sorted(map(str, designs))} and the runs {sorted(runs)}. Every run needs a design "
+                f"The designs are labelled {sorted(by_label)} and the runs {sorted(runs)}. Every run needs a design "
                 "with its label."
             )
-        by_label: dict[str, Any] = {label: designs[label] for label in runs}
     else:
-        single = isinstance(designs, (pd.DataFrame, np.ndarray, str)) or hasattr(designs, "__fspath__")
-        several = [designs] if single else list(cast("Sequence[Any]", designs))
+        several = (
+            list(designs) if isinstance(designs, Sequence) and not isinstance(designs, str) else [designs]
+        )
         if len(several) != len(runs):
             raise DesignError(
-                f"There are {len(several)} designs for {len(runs)} runs. Give one design matrix for each run, in their order."
+                f"There are {len(several)} designs for {len(runs)} runs. Give one design matrix for each run, in "
+                "their order."
             )
         by_label = dict(zip(runs, several, strict=True))
     return {
-        label: as_design(design, n_volumes=runs[label].sizes["time"], run=label) for label, design in by_label.items()
+        label: as_design(by_label[label], n_volumes=run.sizes["time"], run=label)
+        for label, run in runs.items()
     }
 
 
-def _mask_of(
-    run: xr.Dataset, mask: ImageLike | xr.DataArray | None, grid: nifti.Grid, label: str
-) -> xr.DataArray:
-    if mask is not None:
-        return xr.DataArray(nifti.read_mask(mask, grid, f"run {label}"), dims=SPACE)
+def _given_mask(mask: ImageLike | xr.DataArray, run: xr.Dataset) -> xr.DataArray:
+    """The one mask of all runs. A bool DataArray stays as lazy as it is; anything else is read and checked."""
+    if isinstance(mask, xr.DataArray) and mask.dtype == bool:
+        if set(mask.dims) != set(SPACE):
+            raise MaskError(f"The mask has the dims {mask.dims}; accepted is one volume with {SPACE}.")
+        _check_same_grid(mask, run, "The mask", "the first run")
+        return xr.DataArray(mask.transpose(*SPACE).variable)
+    return xr.DataArray(nifti.read_mask(mask, nifti.grid_of(run), "the first run"), dims=SPACE)
+
+
+def _own_mask(run: xr.Dataset, label: str) -> xr.DataArray:
     if "mask" not in run:
-        raise MaskError(f"Run {label} has no mask. Give one (mask=), or add a variable 'mask' of bool with dims {SPACE}.")
-    return run["mask"].astype(bool)
+        raise MaskError(
+            f"Run {label} has no mask. Give one (mask=), or add a variable 'mask' of bool with dims {SPACE}."
+        )
+    require(run, RUN, ("mask",), f"Run {label}")
+    return xr.DataArray(run["mask"].astype(bool).variable)
 
 
-# --------------------------------------------------------------------------------------------------------------- fit
+# --------------------------------------------------------------------------------------------------------- fit
 
 
-class _RunFit:
-    """The lazy estimates of one run (regressors, sigma2, rho as rows), its degrees of freedom and its mask."""
+class _RunFit(NamedTuple):
+    """The estimates of one run, as lazy rows (regressors, sigma2, rho), and what else is known of it."""
 
-    def __init__(self, rows: da.Array, dof: int, mask: xr.DataArray) -> None:
-        self.rows = rows
-        self.dof = dof
-        self.mask = mask
+    rows: Any
+    columns: NDArray[np.intp]
+    dof: int
+    mask: xr.DataArray
 
 
-def _fit_run(
-    label: str,
-    run: xr.Dataset,
-    design: pd.DataFrame,
-    mask: xr.DataArray,
-    regressors: list[str],
-    *,
-    noise_model: str,
-    signal_scaling: str | None,
-    compat: str | None,
-) -> _RunFit:
+def _model_of(
+    label: str, design: pd.DataFrame, noise_model: str, signal_scaling: str | None, compat: str | None
+) -> tuple[kernel.Model, int]:
+    """Everything that a run is fitted with, and its residual degrees of freedom."""
     X = design.to_numpy(dtype=np.float64)
-    basis = kernel.make_basis(X)
+    with single_blas_thread():
+        basis = kernel.make_basis(X)
+        reference_rank = kernel.reference_rank(X)
     reference_rules = compat == "nilearn"
     _check_design(X, basis, label, reference_rules=reference_rules)
-    dof = len(X) - (kernel.reference_rank(X) if reference_rules else basis.rank)
     model = kernel.Model(
         basis=basis,
         # The reference divides by the number of columns, also where they are redundant.
-        dof=len(X) - X.shape[1] if reference_rules else dof,
+        dof=len(X) - (X.shape[1] if reference_rules else basis.rank),
         autoregressive=noise_model == "ar1",
         scaling=signal_scaling or "none",
         reference_rules=reference_rules,
     )
-    places = np.array([regressors.index(name) for name in design.columns])
-    bold = as_blocks(run["bold"])
-    arguments: list[Any] = [model, places, len(regressors)]
-    if signal_scaling == "run":
-        means = map_voxel_blocks(kernel.mean_voxels, bold, mask, 1, model)
-        arguments.append(da.nanmean(means))
-    rows = map_voxel_blocks(_fit_block, bold, mask, len(regressors) + 2, *arguments)
-    return _RunFit(rows, dof, mask)
+    return model, len(X) - (reference_rank if reference_rules else basis.rank)
 
 
 def _check_design(X: NDArray[np.float64], basis: kernel.Basis, label: str, *, reference_rules: bool) -> None:
     T, P = X.shape
     if basis.rank >= T or (reference_rules and P >= T):
         raise DesignError(
-            f"The design of run {label} has {P} regressors of rank {basis.rank} for {T} volumes, which leaves no degrees of "
-            "freedom for the noise. Use fewer regressors, or more volumes."
+            f"The design of run {label} has {P} regressors of rank {basis.rank} for {T} volumes, which leaves no "
+            "degrees of freedom for the noise. Use fewer regressors, or more volumes."
+        )
+    if basis.rank == 0:
+        raise DesignError(
+            f"The design of run {label} is zero in all columns, so that there is nothing to fit."
         )
     if basis.rank < P:
         warnings.warn(
-            f"The design of run {label} has {P} regressors of rank {basis.rank}: some are redundant. Contrasts that the data "
-            "cannot tell apart will be refused.",
+            f"The design of run {label} has {P} regressors of rank {basis.rank}: some are redundant. Contrasts that "
+            "the data cannot tell apart will be refused.",
             ChunkGLMWarning,
             stacklevel=4,
         )
     if reference_rules and not basis.spans_constant:
         raise DesignError(
-            f"The design of run {label} does not span a constant, and then nilearn's noise model depends on which voxels are "
-            "fitted together. Add a column of ones, or leave compat='nilearn' out."
+            f"The design of run {label} does not span a constant, and then nilearn's noise model depends on which "
+            "voxels are fitted together. Add a column of ones, or leave compat='nilearn' out."
         )
 
 
+def _columns(design: pd.DataFrame, regressors: list[str]) -> NDArray[np.intp]:
+    """Place of each regressor among the columns of a design; -1 where it has none."""
+    place = {name: number for number, name in enumerate(design.columns)}
+    return np.array([place.get(name, -1) for name in regressors])
+
+
+def _fit_run(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model, columns: NDArray[np.intp]) -> Any:
+    bold = as_blocks(run["bold"])
+    computed = []
+    if model.scaling == "run":
+        computed.append(mean(map_voxel_blocks(_average_block, bold, mask, 1, model.reference_rules)))
+    return map_voxel_blocks(_fit_block, bold, mask, len(columns) + 2, model, columns, computed=computed)
+
+
+def _average_block(blocks: Any, voxels: NDArray[np.intp], reference_rules: bool) -> NDArray[np.float64]:
+    """Average the voxels of a block over time, shape (1, V)."""
+    return kernel.mean_voxels(blocks, voxels, finite=reference_rules)
+
+
 def _fit_block(
-    blocks: Any, voxels: NDArray[np.intp], model: kernel.Model, places: NDArray[np.intp], n_regressors: int, *run_mean: float
+    blocks: Any,
+    voxels: NDArray[np.intp],
+    model: kernel.Model,
+    columns: NDArray[np.intp],
+    run_mean: float = np.nan,
 ) -> NDArray[np.float64]:
-    """Fit the voxels of a block, with its coefficients at their places among those of all runs; shape (P + 2, V)."""
-    fitted = kernel.fit_voxels(blocks, voxels, model, *(float(mean) for mean in run_mean))
-    out = np.full((n_regressors + 2, len(voxels)), np.nan)
-    out[places], out[n_regressors:] = fitted[:-2], fitted[-2:]
+    """Fit the voxels of a block; shape (P + 2, V), with NaN for the regressors that have no column."""
+    estimates = kernel.fit_voxels(blocks, voxels, model, float(run_mean))
+    if estimates.n_unscaled:
+        warnings.warn(_NO_PERCENT, ChunkGLMWarning, stacklevel=1)
+    out = np.full((len(columns) + 2, len(voxels)), np.nan)
+    for regressor, column in enumerate(columns):
+        if column >= 0:
+            out[regressor] = estimates.beta[column]
+    out[-2], out[-1] = estimates.sigma2, estimates.rho
     return out
 
 
@@ -282,25 +376,32 @@ def _assemble(
     """Put labels on."""
     P = len(regressors)
     spatial = fits[0].rows.chunks[1:]
-    rows = [fit.rows if fit.rows.chunks[1:] == spatial else fit.rows.rechunk({1: spatial[0], 2: spatial[1], 3: spatial[2]})
-            for fit in fits]
+    rows = [as_chunked(fit.rows, spatial) for fit in fits]
+    masks = stack([as_chunked(fit.mask.transpose(*SPACE).data, spatial) for fit in fits])
     n_volumes = [run.sizes["time"] for run in runs.values()]
     ds = xr.Dataset(
         {
-            "beta": (("run", "regressor", *SPACE), da.stack([r[:P] for r in rows])),
-            "sigma2": (("run", *SPACE), da.stack([r[P] for r in rows])),
+            "beta": (("run", "regressor", *SPACE), stack([r[:P] for r in rows])),
+            "sigma2": (("run", *SPACE), stack([r[P] for r in rows])),
             "dof": ("run", np.array([fit.dof for fit in fits], dtype=np.float64)),
             "n_volumes": ("run", np.array(n_volumes)),
+            "column": (("run", "regressor"), np.stack([fit.columns for fit in fits]), {"long_name": _COLUMN}),
             **_stack_designs(runs, designs, regressors),
-            "mask": (("run", *SPACE), da.stack([da.asarray(f.mask.transpose(*SPACE).data).rechunk(spatial) for f in fits])),
+            "mask": (("run", *SPACE), masks),
         }
     )
     if autoregressive:
-        ds["rho"] = (("run", "lag", *SPACE), da.stack([r[P + 1 : P + 2] for r in rows]))
+        ds["rho"] = (("run", "lag", *SPACE), stack([r[P + 1 :] for r in rows]))
         ds = ds.assign_coords(lag=[1])
     first = next(iter(runs.values()))
-    coords: dict[Hashable, Any] = {name: first.coords[name].variable for name in (*SPACE, "grid") if name in first.coords}
-    coords |= {"run": text_labels(runs), "regressor": text_labels(regressors), "volume": np.arange(max(n_volumes))}
+    coords: dict[Hashable, Any] = {
+        name: first.coords[name].variable for name in (*SPACE, "grid") if name in first.coords
+    }
+    coords |= {
+        "run": text_labels(runs),
+        "regressor": text_labels(regressors),
+        "volume": np.arange(max(n_volumes)),
+    }
     return ds.assign_coords(coords)
 
 
@@ -317,8 +418,8 @@ def _stack_designs(
         places = [regressors.index(name) for name in designs[label].columns]
         stacked[number, :n, places] = designs[label].to_numpy(dtype=np.float64).T
         kept[number, :n] = True
-        if "time" in run.coords:
-            times[number, :n] = run.coords["time"].values
+        if "time" in run.coords and run.coords["time"].dtype.kind in "iuf":
+            times[number, :n] = run.coords["time"].to_numpy()
     return {
         "design": (("run", "volume", "regressor"), stacked),
         "frame_time": (("run", "volume"), times),
@@ -326,20 +427,27 @@ def _stack_designs(
     }
 
 
-def design_of_run(fit: xr.Dataset, run: int) -> pd.DataFrame:
-    """The design matrix that a run was fitted with.
+def designs_of(fit: xr.Dataset) -> list[pd.DataFrame]:
+    """Take the design matrices of a fit apart.
 
     Parameters
     ----------
     fit : Dataset
-    run : int
-        Number of the run, from 0.
+        With the dim ``run``.
 
     Returns
     -------
-    DataFrame
-        Only the volumes and regressors that the run has.
+    list of DataFrame
+        The design that each run was fitted with: its own volumes and columns, these in their own order.
     """
-    one = fit["design"].isel(run=run, volume=slice(0, int(fit["n_volumes"][run])))
-    frame = pd.DataFrame(one.values, columns=[str(name) for name in fit["regressor"].values])
-    return frame.loc[:, frame.notna().any()]
+    regressors = [str(name) for name in fit["regressor"].to_numpy()]
+    names = [name for name in ("design", "column", "n_volumes") if name in fit]
+    designs = []
+    for number in range(fit.sizes["run"]):
+        one = fit[names].isel(run=number)
+        values = one["design"].transpose("volume", "regressor").to_numpy()[: int(one["n_volumes"])]
+        present = np.flatnonzero(np.isfinite(values).any(axis=0))
+        if "column" in one:
+            present = present[np.argsort(one["column"].to_numpy()[present], kind="stable")]
+        designs.append(pd.DataFrame(values[:, present], columns=[regressors[place] for place in present]))
+    return designs

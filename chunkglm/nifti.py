@@ -1,7 +1,8 @@
 """NIfTI: headers, affines and grids, streaming reads, export. The only module that knows nibabel.
 
-NIfTI data is x-fastest and time-slowest, so a C-ordered array ``(time, z, y, x)`` has the bytes of the file. A run is
-read once from its first byte to its last, in blocks of whole volumes; the hash of the file falls out of that pass.
+NIfTI data is x-fastest and time-slowest, so a C-ordered array ``(time, z, y, x)`` has the bytes of the file.
+A run is read once from its first byte to its last, in blocks of whole volumes; the hash of the file falls out
+of that pass.
 """
 
 from __future__ import annotations
@@ -10,25 +11,31 @@ import base64
 import gzip
 import hashlib
 import io
+import logging
 import math
 import os
+import stat
+import warnings
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
 import xarray as xr
-from nibabel.wrapstruct import WrapStructError
 
 from chunkglm.errors import (
+    ChunkGLMError,
+    ChunkGLMWarning,
     GridMismatchError,
     InputError,
     MaskError,
     NiftiError,
     SourceNotFoundError,
+    StoreError,
     StoreExistsError,
 )
 from chunkglm.schema import SPACE
@@ -42,29 +49,40 @@ if TYPE_CHECKING:
     Array = NDArray[Any]
     ImageLike = str | os.PathLike[str] | nib.spatialimages.SpatialImage
 
-SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz")
+SUFFIXES = (".nii.gz", ".hdr.gz", ".img.gz", ".nii", ".hdr", ".img")
 
 HEADER_LIMIT = 16 * 2**20
 """Bytes of header and extensions beyond which a file is not believed."""
 
-VOXEL_LIMIT = 2**40
+VOXEL_LIMIT = 10**11
 """Values in an image beyond which a header is not believed."""
+
+DEFLATE_LIMIT = 1032
+"""How many bytes one byte of a gzip file can stand for, at most."""
 
 SAME_GRID = 0.01
 """Grids whose corners lie closer than this part of a voxel are the same grid."""
 
-_SECONDS = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
-_HEADERS = {
+SMALLEST_IN_MM = 0.01
+"""Voxels smaller than this (mm) have coordinates in voxels: those in mm are rounded to 1e-4."""
+
+_TIME_UNITS = {0: 1.0, 8: 1.0, 16: 1e3, 24: 1e6}
+"""Per second, by the header's code: none, s, ms, us."""
+
+_HEADERS: dict[tuple[int, str], Any] = {
     (348, "single"): nib.Nifti1Header,
     (348, "pair"): nib.nifti1.Nifti1PairHeader,
     (540, "single"): nib.nifti2.Nifti2Header,
     (540, "pair"): nib.nifti2.Nifti2PairHeader,
 }
-_MAGIC = {b"n+1": "single", b"ni1": "pair", b"n+2": "single", b"ni2": "pair"}
+_MAGIC = {b"n+1\0": "single", b"ni1\0": "pair", b"n+2\0": "single", b"ni2\0": "pair"}
 _SINGLE_MAGIC = {348: b"n+1", 540: b"n+2"}
 
+_silent = logging.getLogger("chunkglm.nibabel")
+_silent.disabled = True
 
-# ---------------------------------------------------------------------------------------------------------- headers
+
+# ---------------------------------------------------------------------------------------------------- headers
 
 
 @dataclass(frozen=True)
@@ -103,38 +121,51 @@ class Header:
         """Whether physical values differ from the stored ones."""
         return (self.slope, self.intercept) != (1.0, 0.0)
 
+    @property
+    def volume_bytes(self) -> int:
+        """Bytes of one volume."""
+        return math.prod(self.shape[:3]) * self.dtype.itemsize
+
+    @property
+    def n_volumes(self) -> int:
+        """Volumes behind each other in the file."""
+        return math.prod(self.shape[3:])
+
 
 def parse_header(raw: bytes, name: str) -> Any:
-    """The nibabel header of the bytes ``raw``, unrepaired, in the class that fits version and kind.
+    """Make the nibabel header of the bytes ``raw``, unrepaired, in the class that fits version and kind.
 
     Raises
     ------
     NiftiError
         If the bytes are not a NIfTI header.
     """
-    size = _header_size(raw, name)
-    magic = raw[344:347] if size == 348 else raw[4:7]
+    size, order = _header_size(raw, name)
+    magic = raw[344:348] if size == 348 else raw[4:8]
     kind = _MAGIC.get(magic)
     if kind is None:
         old = " (it looks like Analyze 7.5, which has no reliable orientation)" if size == 348 else ""
         raise NiftiError(
-            f"{name} is not a NIfTI file: its header has the magic {magic!r}{old}. Accepted are NIfTI-1 and NIfTI-2, as "
-            ".nii, .nii.gz or a .hdr/.img pair. Convert the file, for example with nibabel or mrconvert."
+            f"{name} is not a NIfTI file: its header has the magic {magic!r}{old}. Accepted are NIfTI-1 and "
+            "NIfTI-2, as .nii, .nii.gz or a .hdr/.img pair. Convert the file, for example with nibabel or "
+            "mrconvert."
         )
-    return _HEADERS[size, kind](raw[:size], check=False)
+    return _HEADERS[size, kind](raw[:size], endianness=order, check=False)
 
 
-def _header_size(raw: bytes, name: str) -> int:
-    """348 for NIfTI-1, 540 for NIfTI-2, in either byte order."""
-    for order in ("little", "big"):
-        size = int.from_bytes(raw[:4], cast("Any", order))
-        if size in (348, 540):
+def _header_size(raw: bytes, name: str) -> tuple[int, str]:
+    """Length of the header, 348 for NIfTI-1 and 540 for NIfTI-2, and its byte order."""
+    for order, byteorder in (("<", "little"), (">", "big")):
+        size = int.from_bytes(raw[:4], cast("Any", byteorder))
+        if size in {348, 540}:
             if len(raw) < size:
-                raise NiftiError(f"{name} is cut off: it ends inside its {size}-byte header. Copy it again.")
-            return size
+                raise NiftiError(
+                    f"{name} is cut off: it ends inside its {size}-byte header. Copy or download it again."
+                )
+            return size, order
     raise NiftiError(
-        f"{name} is not a NIfTI file: it does not begin with a NIfTI header. Accepted are NIfTI-1 and NIfTI-2, as .nii, "
-        ".nii.gz or a .hdr/.img pair."
+        f"{name} is not a NIfTI file: it does not begin with a NIfTI header. Accepted are NIfTI-1 and NIfTI-2, "
+        "as .nii, .nii.gz or a .hdr/.img pair."
     )
 
 
@@ -145,8 +176,9 @@ def _describe(raw: bytes, name: str) -> Header:
     shape = tuple(int(n) for n in header["dim"][1 : n_dims + 1]) if 1 <= n_dims <= 7 else ()
     if not shape or min(shape) < 1 or math.prod(shape) > VOXEL_LIMIT:
         raise NiftiError(
-            f"{name} has the dimensions {[int(n) for n in header['dim']]} in its header, which cannot be right: there "
-            "must be 1 to 7, each positive. The header is damaged; export the image again."
+            f"{name} has the dimensions {[int(n) for n in header['dim']]} in its header, which cannot be right: "
+            f"there must be 1 to 7, each positive, and at most {VOXEL_LIMIT:.0e} values. The header is damaged; "
+            "export the image again."
         )
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
@@ -156,21 +188,23 @@ def _describe(raw: bytes, name: str) -> Header:
         dtype = np.dtype(object)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise NiftiError(
-            f"{name} holds values of NIfTI type code {int(header['datatype'])}; accepted are the real types of up to 64 "
-            "bits (int8 to int64, uint8 to uint64, float32, float64). Convert the image to one of these."
+            f"{name} holds values of NIfTI type code {int(header['datatype'])}; accepted are the real types of "
+            "up to 64 bits (int8 to int64, uint8 to uint64, float32, float64). Convert the image to one of these."
         )
     try:
-        affine = np.asarray(header.get_best_affine(), dtype=np.float64)
-        slope, intercept = header.get_slope_inter()
-    except (nib.spatialimages.HeaderDataError, ValueError) as error:
+        with np.errstate(all="ignore"):
+            # The field's readers repair small mistakes before they use a header; the bytes are kept as they are.
+            fixed = header.copy()
+            fixed.check_fix(logger=_silent, error_level=40)
+            affine = np.asarray(fixed.get_best_affine(), dtype=np.float64)
+            slope, intercept = fixed.get_slope_inter()
+            data_offset = int(header["vox_offset"])
+    except (nib.spatialimages.HeaderDataError, ValueError, OverflowError) as error:
         raise NiftiError(
-            f"{name} has a header that cannot be used: {error}. Export the image again."
+            f"{name} has a header that cannot be used: {error}. Repair it or export the image again."
         ) from error
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
-        raise NiftiError(
-            f"{name} has an affine that is not finite or not invertible: {np.round(affine, 4).tolist()}. Set its sform or "
-            "qform, for example with nibabel."
-        )
+    _check_affine(affine, name)
+    _check_extensions(raw, header, name)
     return Header(
         raw=raw,
         shape=shape,
@@ -179,29 +213,48 @@ def _describe(raw: bytes, name: str) -> Header:
         intercept=0.0 if slope is None or intercept is None else float(intercept),
         affine=affine,
         t_r=_repetition_time(header, len(shape)),
-        data_offset=int(header["vox_offset"]),
+        data_offset=data_offset,
     )
+
+
+def _check_affine(affine: NDArray[np.float64], name: str) -> None:
+    with np.errstate(all="ignore"):
+        sizes = voxel_sizes(affine)
+        usable = np.isfinite(affine).all() and sizes.min() > 1e-4 and sizes.max() < 1e5
+        usable = usable and np.abs(affine[:3, 3]).max() < 1e7
+        usable = usable and abs(np.linalg.det(affine[:3, :3] / sizes)) > 1e-6
+    if not usable:
+        raise NiftiError(
+            f"{name} has an affine that is not finite, not invertible or beyond all measure: "
+            f"{np.round(affine, 4).tolist()}. Set its sform or qform, for example with nibabel."
+        )
+
+
+def _check_extensions(raw: bytes, header: Any, name: str) -> None:
+    place = header.sizeof_hdr + 4
+    if len(raw) < place or raw[header.sizeof_hdr] == 0:
+        return
+    while len(raw) - place >= 16:
+        length = int(np.frombuffer(raw, dtype=f"{header.endianness}i4", count=1, offset=place)[0])
+        if length < 8 or place + length > len(raw):
+            raise NiftiError(
+                f"{name} has a header extension of {length} bytes where {len(raw) - place} are left before the "
+                "data. The header is damaged; export the image again, or remove its extensions."
+            )
+        place += length
 
 
 def _repetition_time(header: Any, n_dims: int) -> float | None:
     """Repetition time in seconds, or None where the header has none."""
     step = float(header["pixdim"][4]) if n_dims >= 4 else 0.0
-    unit = {8: "sec", 16: "msec", 24: "usec", 0: "unknown"}.get(int(header["xyzt_units"]) & 0x38)
-    if unit is None or not math.isfinite(step) or step <= 0:
+    per_second = _TIME_UNITS.get(int(header["xyzt_units"]) & 0x38)
+    if per_second is None or not math.isfinite(step) or step <= 0:
         return None
     # float32 holds 2.2 as 2.2000000477: the shortest decimal that gives the same float32 is what was meant.
-    return float(str(np.float32(step))) * _SECONDS[unit]
+    return float(str(np.float32(step))) / per_second
 
 
-def header_from_image(image: Any) -> bytes:
-    """The header bytes, with extensions, that a nibabel NIfTI image would be written with."""
-    buffer = io.BytesIO()
-    header = image.header.copy()
-    header.write_to(buffer)
-    return buffer.getvalue()
-
-
-# ---------------------------------------------------------------------------------------------------------- streams
+# ---------------------------------------------------------------------------------------------------- streams
 
 
 class _Hashing(io.RawIOBase):
@@ -218,9 +271,12 @@ class _Hashing(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         data = self._raw.read(len(buffer))
         buffer[: len(data)] = data
+        self.add(data)
+        return len(data)
+
+    def add(self, data: Any) -> None:
         self.sha256.update(data)
         self.size += len(data)
-        return len(data)
 
     def drain(self) -> None:
         """Read what is left, for the hash."""
@@ -234,22 +290,40 @@ class _Hashing(io.RawIOBase):
 
 
 def _gunzip(raw: _Hashing) -> IO[bytes]:
-    """A decompressing stream: igzip where the ``fast`` extra is installed, else zlib."""
+    """Decompress a stream: with igzip where the ``fast`` extra is installed, else with zlib."""
     try:
         from isal import igzip  # noqa: PLC0415  (optional, and only needed here)
     except ImportError:
         return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb"))
-    return cast("IO[bytes]", igzip.GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb"))
+    return cast("IO[bytes]", cast("Any", igzip).GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb"))
+
+
+@cache
+def _read_errors() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises."""
+    errors: tuple[type[Exception], ...] = (EOFError, OSError, zlib.error)
+    try:
+        from isal import isal_zlib  # noqa: PLC0415
+    except ImportError:
+        return errors
+    return (*errors, cast("Any", isal_zlib).error)
+
+
+def _image_errors() -> tuple[type[Exception], ...]:
+    """What nibabel raises for an image that it cannot read or write."""
+    return (*_read_errors(), ValueError, nib.spatialimages.HeaderDataError)
 
 
 class RunReader:
-    """One sequential pass over a 4-D NIfTI file.
+    """One sequential pass over a NIfTI file.
 
-    Use :func:`open_reader`. ``blocks`` can be consumed once; afterwards ``sha256`` and ``size`` are those of the file.
+    Use :func:`open_reader`. ``blocks`` can be consumed once; afterwards ``sha256`` and ``size`` are those of the
+    file. ``name`` is the source as it was given, ``file_name`` the name of the file with the data.
     """
 
-    def __init__(self, name: str, header: Header, stream: IO[bytes], raw: _Hashing) -> None:
+    def __init__(self, name: str, file_name: str, header: Header, stream: IO[bytes], raw: _Hashing) -> None:
         self.name = name
+        self.file_name = file_name
         self.header = header
         self._stream = stream
         self._raw = raw
@@ -257,8 +331,8 @@ class RunReader:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """``(time, z, y, x)``."""
-        n_x, n_y, n_z, n_time = self.header.shape
-        return n_time, n_z, n_y, n_x
+        n_x, n_y, n_z = (*self.header.shape[:3], 1, 1)[:3]
+        return self.header.n_volumes, n_z, n_y, n_x
 
     def blocks(self, length: int) -> Iterator[tuple[int, Array]]:
         """Read the run in blocks of volumes.
@@ -284,27 +358,38 @@ class RunReader:
         for start in range(0, n_time, length):
             block = np.empty((min(length, n_time - start), *self.shape[1:]), dtype=self.header.dtype)
             self._fill(block, start)
-            yield start, block.astype(block.dtype.newbyteorder("="), copy=False)
+            if not block.dtype.isnative:
+                block = block.byteswap(inplace=True).view(block.dtype.newbyteorder("="))
+            yield start, block
         self._finish()
 
     def _fill(self, block: Array, start: int) -> None:
-        view = memoryview(block.reshape(-1).view(np.uint8))
+        view = memoryview(cast("Any", block.reshape(-1).view(np.uint8)))
         done = 0
         try:
-            while done < len(view) and (got := self._stream.readinto(view[done:])):  # type: ignore[attr-defined]
+            while done < len(view) and (got := cast("Any", self._stream).readinto(view[done:])):
                 done += got
-        except (EOFError, OSError, zlib.error) as error:
-            raise self._cut_off(start + done // block[0].nbytes, error) from error
+        except _read_errors() as error:
+            raise self._cut_off(start + done // self.header.volume_bytes, error) from error
         if done < len(view):
-            raise self._cut_off(start + done // block[0].nbytes, None)
+            raise self._cut_off(start + done // self.header.volume_bytes, None)
 
     def _finish(self) -> None:
-        """Read to the end: the checksum of the gzip stream is behind the data, and the hash is of the whole file."""
+        """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file."""
+        behind = 0
         try:
-            self._stream.read(2**16)
-        except (EOFError, OSError, zlib.error) as error:
+            while rest := self._stream.read(2**20):
+                behind += len(rest)
+        except _read_errors() as error:
             raise self._cut_off(self.shape[0], error) from error
         self._raw.drain()
+        if behind:
+            warnings.warn(
+                f"{self.name} has {behind} bytes behind the {self.shape[0]} volumes that its header promises; "
+                "they are left out. Check the number of volumes in the header.",
+                ChunkGLMWarning,
+                stacklevel=2,
+            )
 
     def _cut_off(self, volumes: int, error: BaseException | None) -> NiftiError:
         reason = f" ({error})" if error else ""
@@ -324,6 +409,36 @@ class RunReader:
         return self._raw.size
 
 
+class _MemoryReader(RunReader):
+    """A reader over an image that lives in memory: its values as they are, in the dtype that they have."""
+
+    def __init__(self, image: Any) -> None:
+        name = "the image in memory"
+        if not isinstance(image, nib.Nifti1Pair):
+            raise NiftiError(
+                f"The image is a {type(image).__name__}; accepted are NIfTI images and paths of NIfTI files."
+            )
+        try:
+            data = np.asanyarray(image.dataobj)
+            data = data.view(np.uint8) if data.dtype == bool else data
+            header: Any = cast("Any", image).header.copy()
+            header.set_data_dtype(data.dtype)
+            header.set_slope_inter(1, 0)
+            buffer = io.BytesIO()
+            cast("Any", type(image))(data, image.affine, header).header.write_to(buffer)
+        except _image_errors() as error:
+            raise NiftiError(
+                f"The values of {name} cannot be read as NIfTI: {error}. Accepted are the real types of up to 64 "
+                "bits; convert the image to one of these, or save it and give its path."
+            ) from error
+        super().__init__(name, name, _describe(buffer.getvalue(), name), io.BytesIO(), _Hashing(io.BytesIO()))
+        self._volumes = data.T.reshape(self.shape)
+
+    def _fill(self, block: Array, start: int) -> None:
+        block[...] = self._volumes[start : start + len(block)]
+        self._raw.add(block.reshape(-1).view(np.uint8))
+
+
 @contextmanager
 def open_reader(source: ImageLike) -> Iterator[RunReader]:
     """Open a run for one pass.
@@ -331,8 +446,8 @@ def open_reader(source: ImageLike) -> Iterator[RunReader]:
     Parameters
     ----------
     source : path, URL or nibabel image
-        A 4-D image: ``.nii``, ``.nii.gz`` or either file of a ``.hdr``/``.img`` pair; NIfTI-1 or NIfTI-2. Of a nibabel
-        image that is backed by a file, the file is read.
+        A 4-D image: ``.nii``, ``.nii.gz`` or either file of a ``.hdr``/``.img`` pair; NIfTI-1 or NIfTI-2. Of a
+        nibabel image that is backed by a file and was not altered, the file is read.
 
     Yields
     ------
@@ -343,130 +458,159 @@ def open_reader(source: ImageLike) -> Iterator[RunReader]:
     SourceNotFoundError, NiftiError
         If there is no such file, or it is not a 4-D NIfTI image of a real type.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        on_disk = _file_of(source)
-        if on_disk is None:
-            yield _memory_reader(source)
-            return
-        source = on_disk
-    name = os.fspath(source)
+    with _open_image(source) as reader:
+        shape = reader.header.shape
+        if len(shape) != 4:
+            raise NiftiError(
+                f"{reader.name} is a {len(shape)}-D image of shape {shape} (x, y, z, ...); a run has four "
+                "dimensions, the fourth being time. Merge the volumes of a run into one 4-D image first."
+            )
+        yield reader
+
+
+@contextmanager
+def _open_image(source: ImageLike) -> Iterator[RunReader]:
+    if isinstance(source, (str, os.PathLike)):
+        with _open_file(os.fspath(source)) as reader:
+            yield reader
+        return
+    name = _file_of(source)
+    if name is not None:
+        with _open_file(name) as reader:
+            if _is_unaltered(source, reader.header):
+                yield reader
+                return
+    yield _MemoryReader(source)
+
+
+def _file_of(image: Any) -> str | None:
+    """Name the file behind a nibabel image whose data was not replaced."""
+    if not (isinstance(image, nib.Nifti1Pair) and isinstance(image.dataobj, nib.arrayproxy.ArrayProxy)):
+        return None
+    filename = image.file_map["image"].filename
+    name = None if filename is None else os.fspath(filename)
+    return name if name is not None and name.lower().endswith(SUFFIXES) else None
+
+
+def _is_unaltered(image: Any, header: Header) -> bool:
+    """Whether the image still says what its file says."""
+    fixed = parse_header(header.raw, "")
+    fixed.check_fix(logger=_silent, error_level=100)
+    fields = ("dim", "pixdim", "xyzt_units", "qform_code", "sform_code")
+    same = all(np.array_equal(image.header[field], fixed[field], equal_nan=True) for field in fields)
+    return same and np.array_equal(image.affine, header.affine)
+
+
+@contextmanager
+def _open_file(name: str) -> Iterator[RunReader]:
     header_name, data_name = _pair_names(name)
-    raw = _Hashing(_open_binary(data_name))
+    file = _open_binary(data_name)
+    raw = _Hashing(file)
     try:
-        stream: IO[bytes] = (
-            _gunzip(raw) if data_name.endswith(".gz") else cast("IO[bytes]", io.BufferedReader(raw, 2**20))
-        )
+        compressed = data_name.lower().endswith(".gz")
+        stream = _gunzip(raw) if compressed else cast("IO[bytes]", io.BufferedReader(raw, 2**20))
         try:
             if header_name == data_name:
                 header = _describe(_read_header(stream, name), name)
             else:
-                with _open_maybe_gzip(header_name) as file:
-                    header = _describe(file.read(HEADER_LIMIT), header_name)
+                with _open_maybe_gzip(header_name) as header_file:
+                    header = _describe(header_file.read(HEADER_LIMIT), header_name)
                 _skip(stream, header.data_offset, data_name)
-        except (EOFError, OSError, zlib.error) as error:
+        except ChunkGLMError:
+            raise
+        except _read_errors() as error:
             raise NiftiError(
-                f"{name} cannot be read as a NIfTI file: {error}. It is damaged, or not what its name says; copy it again."
+                f"{name} cannot be read as a NIfTI file: {error}. It is damaged, or not what its name says; copy "
+                "or download it again."
             ) from error
-        _check_run(header, name)
-        yield RunReader(name, header, stream, raw)
+        _check_length(header, _length(file), data_name, compressed=compressed)
+        yield RunReader(name, os.path.basename(data_name), header, stream, raw)  # noqa: PTH119  (URLs too)
     finally:
         raw.close()
 
 
-def _check_run(header: Header, name: str) -> None:
-    if len(header.shape) != 4:
-        raise NiftiError(
-            f"{name} is a {len(header.shape)}-D image of shape {header.shape} (x, y, z, ...); a run has four dimensions, "
-            "the fourth being time. Merge the volumes of a run into one 4-D image first."
-        )
-
-
-def _file_of(image: Any) -> str | None:
-    """The file behind a nibabel image whose data was not replaced, or None."""
-    if nib.is_proxy(image.dataobj) and isinstance(image, nib.Nifti1Pair):
-        filename = image.file_map["image"].filename
-        return None if filename is None else os.fspath(filename)
-    return None
-
-
-def _memory_reader(image: Any) -> RunReader:
-    """A reader over an image that lives in memory: its values as they are, without scaling."""
-    if not isinstance(image, nib.Nifti1Pair):
-        raise NiftiError(
-            f"The image is a {type(image).__name__}; accepted are NIfTI images and paths of NIfTI files."
-        )
-    data = np.asanyarray(image.dataobj)
-    header = image.header.copy()
-    header.set_data_dtype(data.dtype)
-    header.set_slope_inter(1, 0)
-    described = _describe(
-        header_from_image(nib.Nifti1Pair(data, image.affine, header)), "the image in memory"
+def _check_length(header: Header, length: int | None, name: str, *, compressed: bool) -> None:
+    """Refuse a file that is too short for what its header promises, before anything is made of it."""
+    volumes = header.n_volumes
+    promised = header.data_offset + volumes * header.volume_bytes
+    if length is None or promised <= length * (DEFLATE_LIMIT if compressed else 1):
+        return
+    held = "" if compressed else f", enough for {max(length - header.data_offset, 0) // header.volume_bytes}"
+    raise NiftiError(
+        f"{name} is cut off or damaged: its header promises {volumes} volumes of {header.volume_bytes} bytes, and "
+        f"the file has {length} bytes{held}. Copy or download it again."
     )
-    _check_run(described, "the image in memory")
-    buffer = np.ascontiguousarray(data.T.astype(described.dtype, copy=False))
-    raw = _Hashing(io.BytesIO(buffer.tobytes()))
-    return RunReader("the image in memory", described, cast("IO[bytes]", io.BufferedReader(raw)), raw)
+
+
+def _length(file: Any) -> int | None:
+    """Bytes of an open file, where they are known."""
+    try:
+        status = os.fstat(file.fileno())
+    except (AttributeError, OSError, ValueError):
+        size = getattr(file, "size", None)
+        return size if isinstance(size, int) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _pair_names(name: str) -> tuple[str, str]:
     """Names of the header file and the data file."""
-    lower = name.lower()
-    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if lower.endswith(s)), None)
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), None)
     if suffix is None:
         raise NiftiError(f"{name} is not a NIfTI file by its name; accepted are {', '.join(SUFFIXES)}.")
     if suffix.startswith(".nii"):
         return name, name
-    stem, gz = name[: -len(suffix)], (".gz" if suffix.endswith(".gz") else "")
-    return f"{stem}.hdr{gz}", f"{stem}.img{gz}"
+    stem, own, gz = name[: -len(suffix)], name[-len(suffix) :][:4], name[-len(suffix) :][4:]
+    header, data = (".HDR", ".IMG") if own.isupper() else (".hdr", ".img")
+    return f"{stem}{header}{gz}", f"{stem}{data}{gz}"
 
 
 def _open_binary(name: str) -> IO[bytes]:
-    if "://" in name:
-        import fsspec  # noqa: PLC0415  (a dependency of dask, needed for URLs only)
-
-        try:
-            return cast("IO[bytes]", fsspec.open(name, "rb").open())
-        except FileNotFoundError as error:
-            raise SourceNotFoundError(f"{name} does not exist.") from error
-    path = Path(name)
-    if path.is_dir():
-        raise NiftiError(f"{name} is a folder; give the NIfTI file in it.")
     try:
-        return path.open("rb")
+        if "://" in name:
+            import fsspec  # type: ignore[import-untyped]  # noqa: PLC0415  (for URLs only)
+
+            return cast("IO[bytes]", fsspec.open(name, "rb").open())
+        return Path(name).open("rb")
     except FileNotFoundError as error:
         raise SourceNotFoundError(f"There is no file {name}. Check the path.") from error
+    except IsADirectoryError as error:
+        raise NiftiError(f"{name} is a folder; give the NIfTI file in it.") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise NiftiError(f"{name} cannot be opened: {error}. Check the name and your permissions.") from error
 
 
 def _open_maybe_gzip(name: str) -> IO[bytes]:
     file = _open_binary(name)
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if name.endswith(".gz") else file
+    return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
 
 
 def _read_header(stream: IO[bytes], name: str) -> bytes:
     """Header and extensions of a single-file NIfTI; leaves the stream at the data."""
     start = stream.read(348)
-    size = _header_size(start.ljust(540, b"\0") if len(start) == 348 else start, name)
-    start += stream.read(size - len(start))
-    offset = int(parse_header(start, name)["vox_offset"])
-    if not size <= offset <= HEADER_LIMIT:
+    if len(start) == 348:
+        size, _ = _header_size(start.ljust(540, b"\0"), name)
+        start += stream.read(size - 348)
+    header = parse_header(start, name)
+    size, offset = header.sizeof_hdr, float(header["vox_offset"])
+    if not size + 4 <= offset <= HEADER_LIMIT:
         raise NiftiError(
-            f"{name} says that its data begins at byte {offset}, which cannot be right for a header of {size} bytes. The "
-            "header is damaged; export the image again."
+            f"{name} says that its data begins at byte {offset:g}, which cannot be right for a single file with a "
+            f"header of {size} bytes. The header is damaged; export the image again."
         )
-    rest = stream.read(offset - size)
-    if len(rest) < offset - size:
-        raise NiftiError(f"{name} is cut off: it ends before its data begins. Copy it again.")
+    rest = stream.read(int(offset) - size)
+    if len(rest) < int(offset) - size:
+        raise NiftiError(f"{name} is cut off: it ends before its data begins. Copy or download it again.")
     return start + rest
 
 
 def _skip(stream: IO[bytes], offset: int, name: str) -> None:
     if not 0 <= offset <= HEADER_LIMIT or len(stream.read(offset)) < offset:
         raise NiftiError(
-            f"{name} is cut off: its header says that the data begins at byte {offset}. Copy it again."
+            f"{name} is cut off: its header says that the data begins at byte {offset}. Copy or download it again."
         )
 
 
-# ------------------------------------------------------------------------------------------------------------ grids
+# ------------------------------------------------------------------------------------------------------ grids
 
 
 class Grid(NamedTuple):
@@ -477,7 +621,7 @@ class Grid(NamedTuple):
 
 
 def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hashable, xr.Variable]:
-    """Coordinates of a voxel grid.
+    """Make the coordinates of a voxel grid.
 
     Parameters
     ----------
@@ -491,11 +635,12 @@ def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hash
     Returns
     -------
     dict
-        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal, else voxel numbers; ``units``
-        says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and ``header``
-        (base64).
+        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal, else voxel numbers;
+        ``units`` says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and
+        ``header`` (base64).
     """
     aligned = np.count_nonzero(affine[:3, :3] - np.diag(np.diag(affine[:3, :3]))) == 0
+    aligned = aligned and bool(voxel_sizes(affine).min() >= SMALLEST_IN_MM)
     coords: dict[Hashable, xr.Variable] = {}
     for axis, (dim, length) in enumerate(zip(SPACE[::-1], tuple(shape)[::-1], strict=True)):
         numbers = np.arange(length, dtype=np.float64)
@@ -508,7 +653,7 @@ def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hash
 
 
 def source_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
-    """The affine of the grid that ``obj`` was cut from, shape (4, 4).
+    """Read the affine of the grid that ``obj`` was cut from, shape (4, 4).
 
     Raises
     ------
@@ -518,14 +663,14 @@ def source_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
     values = obj.coords["grid"].attrs.get("affine") if "grid" in obj.coords else None
     if values is None or np.size(values) != 16:
         raise InputError(
-            "The data has no voxel grid: the scalar coordinate 'grid' with its attribute 'affine' is missing. Data opened "
-            "by chunkglm has it; give it back with data.assign_coords(grid=run.grid)."
+            "The data has no voxel grid: the scalar coordinate 'grid' with its attribute 'affine' is missing. Data "
+            "opened by chunkglm has it; give it back with data.assign_coords(grid=run.grid)."
         )
     return np.asarray(values, dtype=np.float64).reshape(4, 4)
 
 
 def slice_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
-    """The affine of ``obj`` itself, which may be a slice (also strided or reversed) of its source grid.
+    """Find the affine of ``obj`` itself, which may be a slice (also strided or reversed) of its source grid.
 
     Returns
     -------
@@ -547,27 +692,29 @@ def slice_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
 
 def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axis: int) -> tuple[int, int]:
     """Voxel number of the first voxel along ``dim`` in the source grid, and the step to the next."""
-    if dim not in obj.coords:
+    coordinate = obj.coords.get(dim)
+    if coordinate is None or coordinate.attrs.get("units") not in {"mm", "voxel"}:
         raise InputError(
-            f"The data has no coordinate {dim!r}, so its place in the grid is not known. Keep the coordinates x, y and z "
-            "(no drop=True when selecting)."
+            f"The data has no coordinate {dim!r} with the units 'mm' or 'voxel', so its place in the grid is not "
+            "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting)."
         )
-    coordinate = obj.coords[dim]
     values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
-    if coordinate.attrs.get("units") == "mm":
+    if coordinate.attrs["units"] == "mm":
         values = (values - affine[axis, 3]) / affine[axis, axis]
     numbers = np.rint(values)
-    steps = np.unique(np.diff(numbers))
-    if np.abs(values - numbers).max(initial=0.0) > 0.05 or steps.size > 1 or 0 in steps:
+    even = values.size > 0 and coordinate.dims in {(), (dim,)}
+    even = even and bool(np.isfinite(values).all() and np.abs(values - numbers).max() <= 0.05)
+    steps = np.unique(np.diff(numbers)) if even else np.zeros(2)
+    if steps.size > 1 or 0 in steps:
         raise InputError(
-            f"The voxels along {dim!r} are not evenly spaced voxels of the source grid, so no affine describes them. "
-            "Select with a slice, or export before selecting."
+            f"The voxels along {dim!r} are not evenly spaced voxels of the source grid, so no affine describes "
+            "them. Select with a slice, or export before selecting."
         )
     return int(numbers[0]), int(steps[0]) if steps.size else 1
 
 
 def grid_of(obj: xr.Dataset | xr.DataArray) -> Grid:
-    """The voxel grid of ``obj``; a spatial dimension that was selected away has length 1."""
+    """Find the voxel grid of ``obj``; a spatial dimension that was selected away has length 1."""
     sizes = cast("Any", obj.sizes)
     return Grid((sizes.get("z", 1), sizes.get("y", 1), sizes.get("x", 1)), slice_affine(obj))
 
@@ -582,19 +729,17 @@ def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str
     """
     if got.shape != expected.shape:
         raise GridMismatchError(
-            f"{got_name} has {got.shape[::-1]} voxels along x, y, z and {expected_name} has {expected.shape[::-1]}. They must "
-            "lie on the same grid: resample one to the other first (for example nilearn.image.resample_to_img)."
+            f"{got_name} has {got.shape[::-1]} voxels along x, y, z and {expected_name} has {expected.shape[::-1]}. "
+            "They must lie on the same grid: resample one to the other first (for example with "
+            "nilearn.image.resample_to_img)."
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij")).reshape(
-        4, -1
-    )
-    apart = np.linalg.norm(((got.affine - expected.affine) @ corners)[:3], axis=0).max()
-    voxel = np.linalg.norm(expected.affine[:3, :3], axis=0).min()
-    if apart > SAME_GRID * voxel:
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij"))
+    apart = np.linalg.norm(((got.affine - expected.affine) @ corners.reshape(4, -1))[:3], axis=0).max()
+    if apart > SAME_GRID * voxel_sizes(expected.affine).min():
         raise GridMismatchError(
-            f"{got_name} and {expected_name} have the same shape, but their voxels lie up to {apart:.3g} mm apart (affines "
-            f"{np.round(got.affine, 3).tolist()} and {np.round(expected.affine, 3).tolist()}). Resample one to the other, or "
-            "correct the header that is wrong."
+            f"{got_name} and {expected_name} have the same shape, but their voxels lie up to {apart:.3g} mm apart "
+            f"(affines {np.round(got.affine, 3).tolist()} and {np.round(expected.affine, 3).tolist()}). Resample "
+            "one to the other, or correct the header that is wrong."
         )
 
 
@@ -610,7 +755,8 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     Parameters
     ----------
     mask : path, nibabel image or DataArray
-        3-D (a fourth dimension of length 1 is dropped), of any dtype, with at most two distinct values, one of them 0.
+        3-D (a fourth dimension of length 1 is dropped), of any real dtype, with at most two distinct values, one
+        of them 0.
     grid : Grid
         Grid of the run.
     run_name : str
@@ -625,47 +771,41 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     MaskError, GridMismatchError, SourceNotFoundError, NiftiError
     """
     if isinstance(mask, xr.DataArray):
-        name = "the mask"
-        values = np.asarray(mask.transpose(*SPACE))
-        mask_grid = grid_of(mask)
+        name, values, mask_grid = "the mask", *_mask_of_array(mask)
     else:
-        image = _load_image(mask)
-        name = os.fspath(mask) if isinstance(mask, (str, os.PathLike)) else "the mask image"
-        values = np.asanyarray(image.dataobj).T
-        while values.ndim > 3 and values.shape[0] == 1:
-            values = values[0]
-        if values.ndim != 3:
-            raise MaskError(f"{name} has the shape {image.shape}; a mask is a 3-D image. Give one volume.")
-        mask_grid = Grid(cast("Any", values.shape), np.asarray(image.affine, dtype=np.float64))
+        with _open_image(mask) as reader:
+            name, header = reader.name, reader.header
+            if header.n_volumes > 1:
+                raise MaskError(
+                    f"{name} has the shape {header.shape}; a mask is a 3-D image. Give one volume."
+                )
+            ((_, block),) = reader.blocks(1)
+            values = block[0] * header.slope + header.intercept if header.scaled else block[0]
+            mask_grid = Grid(reader.shape[1:], header.affine)
     check_same_grid(mask_grid, grid, name, run_name)
     levels = np.unique(values)
-    if levels.size > 2 or (levels.size == 2 and 0 not in levels):
+    if not np.isfinite(levels).all() or levels.size > 2 or (levels.size == 2 and 0 not in levels):
         shown = ", ".join(f"{float(level):g}" for level in levels[:5])
         raise MaskError(
-            f"{name} has {levels.size} distinct values ({shown}{', ...' if levels.size > 5 else ''}); a mask has 0 outside and "
-            "one other value inside. Threshold it first."
+            f"{name} has the values {shown}{', ...' if levels.size > 5 else ''}; a mask has 0 outside and one other "
+            "finite value inside. Threshold it first."
         )
-    inside: NDArray[np.bool_] = values.astype(bool)
+    inside: NDArray[np.bool_] = values != 0
     if not inside.any():
         raise MaskError(f"{name} is empty: no voxel is inside. Give the mask of the brain.")
     return np.ascontiguousarray(inside)
 
 
-def _load_image(image: ImageLike) -> Any:
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    name = os.fspath(image)
-    try:
-        return nib.load(name)
-    except FileNotFoundError as error:
-        raise SourceNotFoundError(f"There is no file {name}. Check the path.") from error
-    except (nib.filebasedimages.ImageFileError, WrapStructError, OSError, EOFError, ValueError) as error:
-        raise NiftiError(
-            f"{name} cannot be read as an image: {error}. Accepted are {', '.join(SUFFIXES)}."
-        ) from error
+def _mask_of_array(mask: xr.DataArray) -> tuple[Array, Grid]:
+    if set(mask.dims) != set(SPACE) or mask.dtype.kind not in "biuf":
+        raise MaskError(
+            f"The mask has dims {mask.dims} and dtype {mask.dtype}; a mask has dims {SPACE} and real values."
+        )
+    mask = mask.transpose(*SPACE)
+    return np.asarray(mask), grid_of(mask)
 
 
-# ----------------------------------------------------------------------------------------------------------- export
+# ----------------------------------------------------------------------------------------------------- export
 
 
 class NotLosslessError(InputError):
@@ -680,15 +820,17 @@ class Packing(NamedTuple):
     intercept: float
 
     def pack(self, values: Array) -> Array:
-        """The stored values of ``values``; raises NotLosslessError where they are not exact."""
+        """Find the stored values of ``values``; raises NotLosslessError where they are not exact."""
         if (self.slope, self.intercept) == (1.0, 0.0):
             return values.astype(self.dtype, copy=False)
-        stored = (values - self.intercept) / self.slope
-        packed = (np.rint(stored) if self.dtype.kind in "iu" else stored).astype(self.dtype)
-        if not np.array_equal(packed * self.slope + self.intercept, values, equal_nan=True):
+        with np.errstate(invalid="ignore", over="ignore"):
+            stored = (values - self.intercept) / self.slope
+            packed = (np.rint(stored) if self.dtype.kind in "iu" else stored).astype(self.dtype)
+            again = packed.astype(np.float64) * self.slope + self.intercept
+        if not np.array_equal(again, values, equal_nan=True):
             raise NotLosslessError(
-                "The data carries the scale factor of its source file, but its values were changed, so that the source's "
-                "dtype does not hold them. Say that it is new data with drop_encoding()."
+                "The data carries the scale factor of its source file, but its values were changed, so that the "
+                "source's dtype does not hold them. Say that it is new data with drop_encoding()."
             )
         return packed
 
@@ -698,9 +840,9 @@ def to_nifti(
 ) -> nib.Nifti1Image:
     """Write an array on a voxel grid as NIfTI. No value is changed.
 
-    An array as it was opened from a run store is written in the dtype of its source, with its scale slope, header fields
-    and extensions: the whole run comes back bit for bit. Anything computed is written in the dtype that it has (bool as
-    uint8), with the affine of its slice.
+    An array as it was opened from a run store is written in the dtype of its source, with its scale slope, header
+    fields and extensions: the whole run comes back bit for bit. Anything computed is written in the dtype that it
+    has (bool as uint8), with the affine of its slice.
 
     Parameters
     ----------
@@ -721,37 +863,69 @@ def to_nifti(
     ------
     StoreExistsError
         If the file exists and ``overwrite`` is not given.
+    StoreError
+        If the file cannot be written.
     InputError
         If the array has no grid, is not an evenly spaced slice of it, or has a dtype that NIfTI does not hold.
     """
+    array = _with_space_last(array)
+    if path is None:
+        buffer = io.BytesIO()
+        made: nib.Nifti1Image = _write_lossless(array, lambda: _emptied(buffer)).from_bytes(buffer.getvalue())
+        return made
+    target = Path(path)
+    if not target.name.lower().endswith((".nii", ".nii.gz")):
+        raise InputError(f"{target} cannot be written: the name of a NIfTI file ends with .nii or .nii.gz.")
+    if target.is_dir() or (os.path.lexists(target) and not overwrite):
+        raise StoreExistsError(
+            f"{target} exists. Choose another name, or say overwrite=True to replace a file."
+        )
+    partial = target.with_name(f".{target.name}.partial")
+    compress = target.name.lower().endswith(".gz")
+    try:
+        image_class = _write_lossless(array, lambda: _create(partial, compress=compress))
+        partial.replace(target)
+    except ChunkGLMError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{target} was not written: {error}. Check the folder and its free space."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    written: nib.Nifti1Image = image_class.from_filename(target)
+    return written
+
+
+def export_header(array: xr.DataArray) -> bytes:
+    """Make the header, with extensions, that :func:`to_nifti` writes for ``array``.
+
+    Raises
+    ------
+    InputError
+        If the array cannot be written as NIfTI.
+    """
+    array = _with_space_last(array)
+    header, tail = _header_for(array, source_packing(array) or _plain_packing(array))
+    return cast("bytes", header.binaryblock) + tail
+
+
+def _with_space_last(array: xr.DataArray) -> xr.DataArray:
+    """The dims in the order of a NIfTI file, whose fourth dimension is the last one here that is not spatial."""
+    if not isinstance(array, xr.DataArray):
+        raise InputError(
+            f"A {type(array).__name__} cannot be written as NIfTI; give one variable of it, a DataArray."
+        )
     for dim in SPACE:
         if dim not in array.dims and dim in array.coords:
             array = array.expand_dims(dim)
     other = [dim for dim in array.dims if dim not in SPACE]
-    if set(SPACE) - set(array.dims) or len(other) > 4:
+    if set(SPACE) - set(array.dims) or len(other) > 4 or 0 in array.shape:
         raise InputError(
-            f"An array with dims {array.dims} cannot be written as NIfTI: it needs z, y and x, and at most four others."
+            f"An array with dims {dict(array.sizes)} cannot be written as NIfTI: it needs z, y and x, at most four "
+            "others, and at least one value."
         )
-    # NIfTI is fastest in x; its fourth dimension is the last one here that is not spatial.
-    array = array.transpose(*other, *SPACE)
-    if path is None:
-        buffer = io.BytesIO()
-        image_class = _write_lossless(array, lambda: _emptied(buffer))
-        return image_class.from_bytes(buffer.getvalue())
-    target = Path(path)
-    if not target.name.lower().endswith((".nii", ".nii.gz")):
-        raise InputError(f"{target} cannot be written: the name of a NIfTI file ends with .nii or .nii.gz.")
-    if target.exists() and not overwrite:
-        raise StoreExistsError(f"{target} exists. Choose another name, or say overwrite=True.")
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        image_class = _write_lossless(
-            array, lambda: _create(partial, compress=target.name.lower().endswith(".gz"))
-        )
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return image_class.from_filename(target)
+    return array.transpose(*other, *SPACE)
 
 
 @contextmanager
@@ -773,7 +947,7 @@ def _create(path: Path, *, compress: bool) -> Iterator[IO[bytes]]:
 
 
 def _write_lossless(array: xr.DataArray, create: Callable[[], AbstractContextManager[IO[bytes]]]) -> Any:
-    """Write in the source's packing if that holds the values exactly, else as they are; returns the image class."""
+    """Write in the source's packing if that holds the values exactly, else as they are; returns the class."""
     packing = source_packing(array)
     if packing is not None:
         try:
@@ -781,19 +955,12 @@ def _write_lossless(array: xr.DataArray, create: Callable[[], AbstractContextMan
                 return _write(array, packing, stream)
         except NotLosslessError:
             pass
-    dtype = {np.dtype(bool): np.dtype(np.uint8), np.dtype(np.float16): np.dtype(np.float32)}.get(
-        array.dtype, array.dtype
-    )
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise InputError(
-            f"Values of dtype {array.dtype} cannot be written as NIfTI. Convert them with .astype('float64')."
-        )
     with create() as stream:
-        return _write(array, Packing(dtype, 1.0, 0.0), stream)
+        return _write(array, _plain_packing(array), stream)
 
 
 def source_packing(array: xr.DataArray | xr.Variable) -> Packing | None:
-    """The packing that the array was opened with; xarray forgets it as soon as something is computed."""
+    """Find the packing that the array was opened with; xarray forgets it as soon as something is computed."""
     encoding = array.encoding
     if "dtype" not in encoding or not {"scale_factor", "add_offset"} & set(encoding):
         return None
@@ -804,88 +971,127 @@ def source_packing(array: xr.DataArray | xr.Variable) -> Packing | None:
     )
 
 
+def _plain_packing(array: xr.DataArray) -> Packing:
+    wider = {"bool": "uint8", "float16": "float32"}
+    dtype = np.dtype(wider.get(array.dtype.name, array.dtype))
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise InputError(
+            f"Values of dtype {array.dtype} cannot be written as NIfTI. Convert them with .astype('float64')."
+        )
+    return Packing(dtype.newbyteorder("="), 1.0, 0.0)
+
+
 def _write(array: xr.DataArray, packing: Packing, stream: IO[bytes]) -> Any:
     header, tail = _header_for(array, packing)
     stream.write(header.binaryblock + tail)
     dtype = packing.dtype.newbyteorder(header.endianness)
     for block in _volume_blocks(array, packing):
         stream.write(block.astype(dtype, copy=False).tobytes())
-    single = nib.Nifti1Image if header.sizeof_hdr == 348 else nib.Nifti2Image
-    return single
+    return nib.Nifti1Image if header.sizeof_hdr == 348 else nib.Nifti2Image
 
 
 def _volume_blocks(array: xr.DataArray, packing: Packing) -> Iterator[Array]:
-    """The stored values in file order, some whole volumes at a time."""
+    """Yield the stored values in file order, some whole volumes at a time."""
     if array.ndim == 3:
         yield packing.pack(np.asarray(array))
         return
     lead = array.dims[0]
     length = array.chunksizes[lead][0] if array.chunks else 1
+    slabs = array.chunksizes["z"] if array.chunks else (array.sizes["z"],)
+    stops = np.cumsum(slabs)
     for start in range(0, array.sizes[lead], length):
         volumes = array.isel({lead: slice(start, start + length)})
         block = np.empty(volumes.shape, dtype=packing.dtype)
-        slabs = array.chunksizes["z"] if array.chunks else (array.sizes["z"],)
-        stops = np.cumsum(slabs)
         for z_start, z_stop in zip(stops - np.array(slabs), stops, strict=True):
             # Decoding a slab at a time keeps the unpacked values of a whole block out of memory.
-            block[..., z_start:z_stop, :, :] = packing.pack(
-                np.asarray(volumes.isel(z=slice(z_start, z_stop)))
-            )
+            slab = np.asarray(volumes.isel(z=slice(z_start, z_stop)))
+            block[..., z_start:z_stop, :, :] = packing.pack(slab)
         yield block
 
 
 def _header_for(array: xr.DataArray, packing: Packing) -> tuple[Any, bytes]:
-    """The header of an export and the bytes between it and the data."""
+    """Make the header of an export and the bytes between it and the data."""
     affine = slice_affine(array)
-    shape = tuple(array.sizes[dim] for dim in (*SPACE[::-1], *reversed(array.dims[: array.ndim - 3])))
+    shape = tuple(array.sizes[dim] for dim in (*SPACE[::-1], *reversed(array.dims[:-3])))
     raw = base64.b64decode(array.coords["grid"].attrs.get("header", ""))
-    is_signal = array.dims[0] == "time"
-    if raw:
-        header = parse_header(raw, "the stored header")
-        described = _describe(raw, "the stored header")
-        same = described.shape == shape and described.dtype.newbyteorder("=") == packing.dtype
-        same = same and (described.slope, described.intercept) == (packing.slope, packing.intercept)
-        if is_signal and same and np.array_equal(described.affine, affine) and _is_single(header):
-            return header, raw[header.sizeof_hdr :]
-        tail = raw[header.sizeof_hdr :] if is_signal else b"\0\0\0\0"
-        moved = not np.array_equal(described.affine, affine)
-    else:
-        header, tail, moved = nib.Nifti1Header(), b"\0\0\0\0", True
-    if header.sizeof_hdr == 348 and max(shape) > 32767:
-        header, moved = nib.nifti2.Nifti2Header(endianness=header.endianness), True
-    header = _as_single(header)
-    _set_fields(header, array, shape, packing, affine if moved else None)
+    is_signal = array.dims[-4:-3] == ("time",)
+    source = _describe(raw, "the stored header") if raw else None
+    header = parse_header(raw, "the stored header") if raw else _new_header()
+    tail = raw[header.sizeof_hdr :] if is_signal else b""
+    if source is not None and is_signal and _is_single(header):
+        stored = (source.shape, source.dtype.newbyteorder("="), source.slope, source.intercept)
+        if stored == (shape, *packing) and np.array_equal(source.affine, affine):
+            return header, tail
+    header = _single_header(header, shape)
+    _set_values(
+        header, shape, packing, keep_timing=is_signal and source is not None and source.shape[2] == shape[2]
+    )
+    if source is None or not np.array_equal(source.affine, affine):
+        _set_affine(header, affine)
+    _set_time_step(header, array, source.t_r if source is not None else None)
+    tail += b"\0" * max(4 - len(tail), 0)
     tail += b"\0" * (-(header.sizeof_hdr + len(tail)) % 16)
     header["vox_offset"] = header.sizeof_hdr + len(tail)
     return header, tail
+
+
+def _new_header() -> Any:
+    header = _HEADERS[348, "single"](endianness="<")
+    header.set_xyzt_units("mm", "sec")
+    return header
 
 
 def _is_single(header: Any) -> bool:
     return bool(header["magic"].item()[:3] == _SINGLE_MAGIC[header.sizeof_hdr])
 
 
-def _as_single(header: Any) -> Any:
-    """The same fields as the header of a single file."""
-    fields = header.structarr.copy()
-    fields["magic"] = _SINGLE_MAGIC[header.sizeof_hdr] + fields["magic"].item()[3:]
-    return _HEADERS[header.sizeof_hdr, "single"](fields.tobytes(), endianness=header.endianness, check=False)
+def _single_header(header: Any, shape: tuple[int, ...]) -> Any:
+    """Copy the fields to the header of a single file; NIfTI-2 where a dimension is too long for NIfTI-1."""
+    size = 540 if max(shape) > np.iinfo(np.int16).max else header.sizeof_hdr
+    new = _HEADERS[size, "single"](endianness=header.endianness)
+    for field in set(header.keys()) & set(new.keys()) - {"sizeof_hdr", "magic", "eol_check"}:
+        new[field] = header[field]
+    return new
 
 
-def _set_fields(
-    header: Any, array: xr.DataArray, shape: tuple[int, ...], packing: Packing, affine: Array | None
-) -> None:
-    pixdim = header["pixdim"].copy()
-    header.set_data_shape(shape)
+def _set_values(header: Any, shape: tuple[int, ...], packing: Packing, *, keep_timing: bool) -> None:
+    header["dim"] = [len(shape), *shape, *[1] * (7 - len(shape))]
     header.set_data_dtype(packing.dtype)
     header["scl_slope"], header["scl_inter"] = packing.slope, packing.intercept
-    header["cal_max"] = header["cal_min"] = 0
-    header["pixdim"] = pixdim
-    if affine is not None:
-        header.set_qform(affine, int(header["qform_code"]) or 1, strip_shears=True)
-        header.set_sform(affine, int(header["sform_code"]) or 1)
-    if "time" in array.coords and array.sizes.get("time", 1) > 1:
-        # Microseconds are finer than any repetition time; the difference of two coordinates is not exact.
-        header["pixdim"][4] = round(float(array.coords["time"][1] - array.coords["time"][0]), 6)
-        header.set_xyzt_units("mm", "sec")
-    elif "time" not in array.dims:
-        header["pixdim"][4] = 0 if len(shape) < 4 else 1
+    forgotten = ["cal_max", "cal_min"]
+    if not keep_timing:
+        forgotten += ["slice_code", "slice_start", "slice_end", "slice_duration"]
+        forgotten += ["intent_code", "intent_p1", "intent_p2", "intent_p3"]
+    for field in forgotten:
+        header[field] = 0
+
+
+def _set_affine(header: Any, affine: Array) -> None:
+    """Say the affine in the form that the source used: sform, qform or both."""
+    # nibabel takes an unknown code for none.
+    q_code, s_code = (
+        code if 0 <= code <= 5 else 0 for code in (int(header["qform_code"]), int(header["sform_code"]))
+    )
+    header.set_qform(affine, q_code, strip_shears=True)
+    if s_code or not q_code:
+        header.set_sform(affine, s_code or 2)
+    elif not np.allclose(header.get_best_affine(), affine, atol=1e-3 * voxel_sizes(affine).min()):
+        header.set_sform(affine, q_code)
+
+
+def _set_time_step(header: Any, array: xr.DataArray, source_step: float | None) -> None:
+    """Set the steps behind x, y, z: seconds if the fourth dimension is time in even steps, else 0 or 1."""
+    n_other = array.ndim - 3
+    if array.dims[-4:-3] != ("time",):
+        header["pixdim"][4:] = [1.0] * n_other + [0.0] * (4 - n_other)
+        return
+    header["pixdim"][5:] = [1.0] * (n_other - 1) + [0.0] * (4 - n_other)
+    times = array.coords.get("time")
+    if times is None or times.size < 2 or times.dtype.kind not in "iuf":
+        return
+    # Microseconds are finer than any repetition time; the difference of two coordinates is not exact.
+    steps = np.unique(np.round(np.diff(times.values.astype(np.float64)), 6))
+    step = float(steps[0]) if steps.size == 1 and steps[0] > 0 else 0.0
+    if step != source_step:
+        header["pixdim"][4] = step
+        header["xyzt_units"] = (int(header["xyzt_units"]) & 0x07) | 8

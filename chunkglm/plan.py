@@ -1,7 +1,7 @@
 """Arithmetic only: chunk shapes, projected memory, and refusal before any work.
 
-Chunk shapes depend on the shape and dtype of a run alone. Memory settings and thread counts decide how much is in
-flight, never how the numbers are grouped, so that results are the same to the last bit.
+Chunk shapes depend on the shape and dtype of a run alone. Memory settings and thread counts decide how much
+is in flight, never how the numbers are grouped, so that results are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from chunkglm.errors import InputError, MemoryBudgetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 MIB = 2**20
 
@@ -22,7 +25,7 @@ SLAB = 16
 """Slices in a chunk, where slices are not huge."""
 
 TIME_BLOCK_BYTES = 128 * MIB
-"""A block of whole volumes is what a conversion holds: fewer than 32 volumes where they would be more than this."""
+"""A block of whole volumes is what a conversion holds: fewer volumes where 32 would be more than this."""
 
 CHUNK_BYTES = 16 * MIB
 """The largest decoded chunk."""
@@ -52,18 +55,18 @@ def parse_memory(memory: int | str) -> int:
         If it is not an amount of memory, or not positive.
     """
     text = str(memory).strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, flags=re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, flags=re.IGNORECASE)
     amount = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if amount <= 0:
         raise InputError(
-            f"The memory {memory!r} is not an amount of memory. Give bytes, or a number with a unit such as '512MiB' or "
-            "'2GiB'."
+            f"The memory {memory!r} is not an amount of memory. Give bytes, or a number with a unit such as "
+            "'512MiB' or '2GiB'."
         )
     return amount
 
 
 def format_bytes(n: float) -> str:
-    """An amount of memory for people: ``'1.5 GiB'``."""
+    """Write an amount of memory for people: ``'1.5 GiB'``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if n < 1024:
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
@@ -100,20 +103,26 @@ def bold_chunks(shape: tuple[int, int, int, int], itemsize: int) -> Chunks:
     Returns
     -------
     Chunks
-        32 volumes by 16 whole slices; fewer volumes where 32 of them exceed ``TIME_BLOCK_BYTES``, fewer slices and
-        then parts of slices where a chunk would exceed ``CHUNK_BYTES``.
+        32 volumes by 16 whole slices; fewer volumes where 32 of them exceed ``TIME_BLOCK_BYTES``, fewer slices
+        and then parts of slices where a chunk would exceed ``CHUNK_BYTES``.
     """
     n_time, n_z, n_y, n_x = shape
     volume = n_z * n_y * n_x * itemsize
     time = min(n_time, TIME_BLOCK, _power_of_two(TIME_BLOCK_BYTES // volume))
     z = min(n_z, SLAB, _power_of_two(CHUNK_BYTES // (time * n_y * n_x * itemsize)))
-    y = min(n_y, math.ceil(n_y / math.ceil(time * z * n_y * n_x * itemsize / CHUNK_BYTES)))
-    x = min(n_x, math.ceil(n_x / math.ceil(time * z * y * n_x * itemsize / CHUNK_BYTES)))
+    y = _even_part(n_y, CHUNK_BYTES // (time * z * n_x * itemsize))
+    x = _even_part(n_x, CHUNK_BYTES // (time * z * y * itemsize))
     return Chunks(time, z, y, x)
 
 
+def _even_part(length: int, limit: int) -> int:
+    """Divide ``length`` into as few parts of at most ``limit`` as possible, of about the same length."""
+    parts = math.ceil(length / max(limit, 1))
+    return math.ceil(length / parts)
+
+
 def _power_of_two(limit: int) -> int:
-    """The largest power of two that is at most ``limit``, and at least 1."""
+    """Find the largest power of two that is at most ``limit``, and at least 1."""
     return 1 << max(int(limit).bit_length() - 1, 0)
 
 
@@ -129,23 +138,27 @@ def convert_memory(
     itemsize, stored_itemsize : int
         Bytes of a value in the source and in the store.
     n_threads : int
-        Threads that smooth volumes.
+        Threads that smooth volumes and compress chunks.
     smooth : bool
         Whether volumes are smoothed.
 
     Returns
     -------
     int
-        Bytes: two raw blocks (one read while the other is stored), the smoothed block, volumes in float64 (the mean,
-        and scratch for the mean, for smoothing and for the mask), and chunks in compression.
+        Bytes: while the run streams, two raw blocks (one is read while the other is stored), the smoothed block, the
+        sum over time, and for each thread the volumes that it smooths or the slab that it compresses; after that
+        the volumes that finding the mask needs. The larger of both.
     """
     chunks = bold_chunks(shape, stored_itemsize)
     voxels = math.prod(shape[1:])
     block = chunks.time * voxels
-    scratch = 4 + (3 * n_threads if smooth else 0)
-    in_compression = 3 * n_threads * math.prod(chunks) * stored_itemsize
+    slab = chunks.time * chunks.z * shape[2] * shape[3]
+    smoothing = 3 * 8 * voxels if smooth else 0
+    per_thread = max(smoothing, 3 * slab * stored_itemsize)
     smoothed = block * stored_itemsize if smooth else 0
-    return 2 * block * itemsize + smoothed + scratch * voxels * 8 + in_compression + 16 * MIB
+    streaming = 2 * block * itemsize + smoothed + 9 * voxels + n_threads * per_thread
+    masking = 8 * 8 * voxels
+    return max(streaming, masking) + 16 * MIB
 
 
 def fit_memory_per_thread(chunks: Chunks, itemsize: int, n_regressors: int) -> int:
@@ -154,15 +167,15 @@ def fit_memory_per_thread(chunks: Chunks, itemsize: int, n_regressors: int) -> i
     Returns
     -------
     int
-        Bytes: one decoded time block of a voxel block with what it was decoded from, the sums (two rows a regressor),
-        the results and the statistics of their contrasts.
+        Bytes: one decoded time block of a voxel block with what it was decoded from, the sums (two rows a
+        regressor), the results and the statistics of their contrasts.
     """
     voxels = chunks.z * chunks.y * chunks.x
     return voxels * (chunks.time * (itemsize + 8) + 8 * (4 * n_regressors + 24))
 
 
 def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: str) -> int:
-    """How many tasks fit into a budget at a time.
+    """Find how many tasks fit into a budget at a time, where each needs the same.
 
     Returns
     -------
@@ -174,9 +187,20 @@ def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: 
     MemoryBudgetError
         If not even one fits; the message gives both numbers.
     """
-    if fixed + per_thread > memory:
+    return most_threads(memory, lambda n: fixed + n * per_thread, wanted, what)
+
+
+def most_threads(memory: int, needed: Callable[[int], int], wanted: int, what: str) -> int:
+    """Find the largest number of threads, up to ``wanted``, for which ``needed`` is within ``memory``.
+
+    Raises
+    ------
+    MemoryBudgetError
+        If not even one is; the message gives both numbers.
+    """
+    if needed(1) > memory:
         raise MemoryBudgetError(
-            f"{what} needs about {format_bytes(fixed + per_thread)} of memory besides the interpreter and its imports, "
-            f"and {format_bytes(memory)} are allowed. Allow more (memory= or --memory)."
+            f"{what} needs about {format_bytes(needed(1))} of memory besides the interpreter and its imports, and "
+            f"{format_bytes(memory)} are allowed. Allow more (memory= or --memory)."
         )
-    return max(1, min(wanted, (memory - fixed) // max(per_thread, 1)))
+    return next(n for n in range(max(wanted, 1), 0, -1) if needed(n) <= memory)

@@ -136,13 +136,13 @@ def check_format_version(attrs: Mapping[Any, Any], name: str) -> None:
     version = str(attrs.get("format_version", "none"))
     if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{name} has format version {version}, and this chunkglm reads version {FORMAT_VERSION}. Open it with the "
-            "release that wrote it, or convert the source again."
+            f"{name} has format version {version}, and this chunkglm reads version {FORMAT_VERSION}. Open it with "
+            "the release that wrote it, or convert the source again."
         )
 
 
 def text_labels(labels: Iterable[object]) -> np.ndarray[Any, Any]:
-    """Labels as an object array of str: the variable-length strings that Zarr v3 specifies.
+    """Make an object array of str: the variable-length strings that Zarr v3 specifies.
 
     Returns
     -------
@@ -155,5 +155,6 @@ def text_labels(labels: Iterable[object]) -> np.ndarray[Any, Any]:
 
 
 def canonical_json(value: Any) -> bytes:
-    """The one JSON text of ``value`` that hashes are taken of: sorted keys, no spaces, UTF-8."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    """Write the one JSON text of ``value`` that hashes are taken of: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "surrogatepass")

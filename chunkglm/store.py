@@ -1,23 +1,25 @@
 """Zarr stores: layout, codecs, atomic creation, verification. The only module that knows zarr.
 
-A store is one Zarr v3 group. Its root ``zarr.json`` is written last, so that a store without it is incomplete to every
-reader. Before it comes a *manifest*: size and CRC32C of every other file, as the uint8 array ``manifest``. The root's
-attribute ``chunkglm_seal`` holds the hash of the manifest and of the other attributes, so that any change to any file
-shows. Locally a store is built beside its place (``<name>.partial``) and renamed; at a URL it is built in place.
+A store is one Zarr v3 group. Its root ``zarr.json`` is written last, so that a store without it is incomplete to
+every reader. Before it comes a *manifest*: size and CRC32C of every other file, as the uint8 array ``manifest``.
+The root's attribute ``chunkglm_seal`` holds hashes of the manifest and of the rest of the root, so that any
+change to any file shows. Locally a store is built beside its place (``<name>.partial``) and renamed; at a URL it
+is built in place.
 
-Every chunk ends with the CRC32C of its bytes (the ``crc32c`` codec of Zarr, which any reader checks); reads through
-chunkglm check against the manifest as well, because a missing chunk is zeros to Zarr, and a chunk from elsewhere is
-sound in itself.
+Every chunk ends with the CRC32C of its bytes (the ``crc32c`` codec of Zarr, which any reader checks); reads
+through chunkglm check against the manifest as well, because a missing chunk is zeros to Zarr, and a chunk from
+elsewhere is sound in itself.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager, nullcontext
+import tempfile
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -35,6 +37,7 @@ from zarr.core.buffer import default_buffer_prototype
 from chunkglm import nifti, plan
 from chunkglm._version import __version__
 from chunkglm.errors import (
+    ChunkGLMError,
     DamagedStoreError,
     IncompleteStoreError,
     InputError,
@@ -59,12 +62,18 @@ if TYPE_CHECKING:
 
 ROOT = "zarr.json"
 SEAL = "chunkglm_seal"
+STUDY = "chunkglm_study"
 MANIFEST = "manifest"
 HEADER = "nifti"
 PARTIAL = ".partial"
 
+LARGEST_CHUNK = 2**30
+"""Bytes; dask chunks that are larger are divided, because codecs take less than 2 GiB."""
+
+_PACKAGES = ("dask", "nibabel", "numpy", "scipy", "xarray", "zarr")
 _OWN_ATTRS = (SEAL, "ome")
 _OWN_VARIABLES = (MANIFEST, HEADER)
+_MANIFEST_FILES = (f"{MANIFEST}/{ROOT}", f"{MANIFEST}/c/0")
 
 
 class Entry(NamedTuple):
@@ -74,23 +83,27 @@ class Entry(NamedTuple):
     crc32c: int
 
 
-# --------------------------------------------------------------------------------------------------------- locations
+# -------------------------------------------------------------------------------------------------- locations
 
 
-def _is_url(store: StoreLike) -> bool:
-    return "://" in os.fspath(store)
+def _name(store: StoreLike) -> str:
+    return os.fspath(store).removeprefix("file://").rstrip("/") or "/"
 
 
-def _backend(store: StoreLike, *, read_only: bool) -> zarr.abc.store.Store:
-    """The zarr store of a local path or a URL."""
-    name = os.fspath(store)
+def _is_url(name: str) -> bool:
+    return "://" in name
+
+
+def _backend(name: str, *, read_only: bool) -> zarr.abc.store.Store:
+    """Make the zarr store of a local path or a URL."""
     if not _is_url(name):
         return zarr.storage.LocalStore(name, read_only=read_only)
     try:
         return zarr.storage.FsspecStore.from_url(name, read_only=read_only)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise StoreError(
-            f"{name} needs a package that is not installed: {error}. Install it with pip."
+            f"{name} cannot be reached: {error}. Check the URL; other protocols than files need a package, which "
+            "pip installs."
         ) from error
 
 
@@ -99,21 +112,43 @@ def _read(backend: zarr.abc.store.Store, key: str) -> bytes | None:
     return None if buffer is None else buffer.to_bytes()
 
 
-def exists(store: StoreLike) -> bool:
-    """Whether there is anything at ``store``."""
-    if not _is_url(store):
-        return os.path.lexists(store)
-    return _read(_backend(store, read_only=True), ROOT) is not None
+def _list(backend: zarr.abc.store.Store, *, top: bool = False) -> list[str]:
+    """List every file of a store, or the files and folders at its top."""
 
-
-# ---------------------------------------------------------------------------------------------------------- manifest
-
-
-def _list_keys(backend: zarr.abc.store.Store) -> list[str]:
     async def collect() -> list[str]:
-        return sorted([key async for key in backend.list()])
+        found = backend.list_dir("") if top else backend.list()
+        return sorted([key.strip("/") async for key in found])
 
     return zarr.core.sync.sync(collect())
+
+
+def _root_attributes(name: str) -> dict[str, Any]:
+    """Attributes of the group at ``name``, as far as there is one."""
+    if not _is_url(name) and not Path(name).is_dir():
+        return {}
+    try:
+        attributes = json.loads(_read(_backend(name, read_only=True), ROOT) or b"")["attributes"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _looks_like_store(backend: zarr.abc.store.Store) -> bool:
+    """Whether there is a group, or only the arrays of one that has lost its root, or nothing at all."""
+    return _read(backend, ROOT) is not None or all(
+        _read(backend, f"{member}/{ROOT}") is not None for member in _list(backend, top=True)
+    )
+
+
+def exists(store: StoreLike) -> bool:
+    """Whether there is anything at ``store``."""
+    name = _name(store)
+    if not _is_url(name):
+        return os.path.lexists(name)
+    return bool(_list(_backend(name, read_only=True), top=True))
+
+
+# --------------------------------------------------------------------------------------------------- manifest
 
 
 def _is_metadata(key: str) -> bool:
@@ -123,8 +158,8 @@ def _is_metadata(key: str) -> bool:
 def _entry(key: str, content: bytes) -> Entry:
     """Size and checksum of a file, as the manifest has them.
 
-    A chunk ends with the CRC32C of what stands before it, and the CRC32C of a text followed by its own CRC32C is the
-    same for every text; so it is the checksum inside that tells chunks apart.
+    A chunk ends with the CRC32C of what stands before it, and the CRC32C of a text followed by its own CRC32C is
+    the same for every text; so it is the checksum inside that tells chunks apart.
     """
     if _is_metadata(key) or len(content) < 4:
         return Entry(len(content), google_crc32c.value(content))
@@ -140,53 +175,53 @@ def _is_whole(key: str, content: bytes, entry: Entry) -> bool:
 
 def _make_manifest(backend: zarr.abc.store.Store) -> dict[str, Entry]:
     """List every file with size and checksum; of chunks only the last four bytes are read."""
-    entries = {}
-    for key in _list_keys(backend):
-        if key != ROOT and not key.startswith(f"{MANIFEST}/"):
-            entries[key] = _entry_at(backend, key)
-    return entries
+    return {key: _entry_at(backend, key) for key in _list(backend) if key != ROOT}
 
 
 def _entry_at(backend: zarr.abc.store.Store, key: str) -> Entry:
     if _is_metadata(key):
         return _entry(key, _read(backend, key) or b"")
-    tail = zarr.core.sync.sync(
-        backend.get(key, default_buffer_prototype(), zarr.abc.store.SuffixByteRequest(4))
-    )
+    last_four = zarr.abc.store.SuffixByteRequest(4)
+    tail = zarr.core.sync.sync(backend.get(key, default_buffer_prototype(), last_four))
     size = zarr.core.sync.sync(backend.getsize(key))
     return Entry(size, int.from_bytes(tail.to_bytes() if tail is not None else b"", "little"))
 
 
-def _seal(attrs: Mapping[str, Any], manifest: bytes) -> dict[str, str]:
-    rest = {key: value for key, value in attrs.items() if key != SEAL}
-    return {
-        "manifest_sha256": hashlib.sha256(manifest).hexdigest(),
-        "attributes_sha256": hashlib.sha256(canonical_json(rest)).hexdigest(),
+def _seal(metadata: Mapping[str, Any], manifest: bytes, manifest_metadata: bytes) -> dict[str, str]:
+    """Hashes of the manifest, of its own metadata, and of everything in the root but the seal."""
+    attributes = {key: value for key, value in metadata["attributes"].items() if key != SEAL}
+    parts = {
+        "manifest": manifest,
+        "manifest_metadata": manifest_metadata,
+        "root": canonical_json({**metadata, "attributes": attributes}),
     }
+    return {f"{part}_sha256": hashlib.sha256(content).hexdigest() for part, content in parts.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------------- reading
 
 
 class _CheckedStore(zarr.storage.WrapperStore[Any]):
     """A store whose every read is held against the manifest."""
+
+    # Newer releases of zarr have synchronous reads beside get; without them every read passes here.
+    _supports_sync_io = False
 
     def __init__(self, store: Any, name: str = "", manifest: Mapping[str, Entry] | None = None) -> None:
         super().__init__(store)
         self.name = name
         self.manifest = dict(manifest or {})
 
-    def with_read_only(self, read_only: bool = False) -> _CheckedStore:  # noqa: FBT001, FBT002  (zarr's signature)
+    def with_read_only(self, read_only: bool = False) -> _CheckedStore:
         return type(self)(self._store.with_read_only(read_only), self.name, self.manifest)
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return ("chunkglm store", self.name, hashlib.sha256(canonical_json(self.manifest)).hexdigest())
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _CheckedStore) and (self._store, self.manifest) == (
-            other._store,
-            other.manifest,
-        )
+        if not isinstance(other, _CheckedStore):
+            return NotImplemented
+        return (self._store, self.manifest) == (other._store, other.manifest)
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -195,68 +230,103 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
         buffer = await self._store.get(key, prototype, byte_range)
         entry = self.manifest.get(key)
         if entry is not None and byte_range is None:
-            if buffer is None:
-                raise _damaged(self.name, [f"{key} is missing"])
-            if not _is_whole(key, buffer.to_bytes(), entry):
-                raise _damaged(self.name, [f"{key} was altered or cut off"])
+            problem = _problem(key, None if buffer is None else buffer.to_bytes(), entry)
+            if problem:
+                raise _damaged(self.name, [problem])
         return buffer
+
+    @property
+    def backend(self) -> zarr.abc.store.Store:
+        """The store without checks."""
+        return cast("zarr.abc.store.Store", self._store)
+
+
+def _problem(key: str, content: bytes | None, entry: Entry) -> str | None:
+    if content is None:
+        return f"{key} is missing"
+    return None if _is_whole(key, content, entry) else f"{key} was altered or cut off"
 
 
 def _damaged(name: str, problems: list[str]) -> DamagedStoreError:
-    shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
     return DamagedStoreError(
-        f"{name} is damaged: {shown}. Nothing of it can be trusted; make it again from its source (with overwrite), or copy it "
-        "again from where it is whole."
+        f"{name} is damaged: {'; '.join(problems)}. Nothing of it can be trusted; make it again from its source "
+        "(with overwrite), or copy it again from where it is whole."
     )
 
 
 def _open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
     """Open a complete store for checked reading; returns the store and the root's attributes."""
-    name = os.fspath(store)
-    if not _is_url(store) and not Path(name).is_dir():
-        if Path(name + PARTIAL).is_dir():
-            raise IncompleteStoreError(
-                f"{name} was never finished: what was begun lies in {name + PARTIAL}. Run the same command again to make it."
-            )
-        raise SourceNotFoundError(
-            f"There is no store {name}. Check the path; chunkglm convert makes run stores."
-        )
-    backend = _backend(store, read_only=True)
+    name = _name(store)
+    if not _is_url(name) and not Path(name).is_dir():
+        raise _not_a_folder(name)
+    backend = _backend(name, read_only=True)
     root = _read(backend, ROOT)
     if root is None:
-        raise IncompleteStoreError(
-            f"{name} is incomplete, or is not a store: it has no {ROOT}, which is written last. Make it again with "
-            "overwrite (chunkglm convert --overwrite)."
-        )
+        raise _without_root(name, backend)
     try:
         metadata = json.loads(root)
-        attrs = metadata["attributes"]
+        attrs = dict(metadata["attributes"])
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(name, [f"{ROOT} cannot be read ({error})"]) from error
     if SEAL not in attrs:
-        raise IncompleteStoreError(_not_sealed(name, attrs, metadata))
+        raise _not_sealed(name, metadata, backend)
     check_format_version(attrs, name)
-    manifest = _read_manifest(backend, name)
-    if _seal(attrs, manifest) != attrs[SEAL]:
+    manifest, manifest_metadata = _read_manifest(backend, name)
+    if _seal(metadata, manifest, manifest_metadata) != attrs[SEAL]:
         raise _damaged(name, [f"{ROOT} and {MANIFEST} do not belong together, or one was altered"])
     entries = {key: Entry(*entry) for key, entry in json.loads(manifest).items()}
     return _CheckedStore(backend, name, entries), attrs
 
 
-def _not_sealed(name: str, attrs: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    if attrs.get("chunkglm_study"):
-        return f"{name} is a study with several runs. Open it with open_study, or give one of its runs ({name}/run-...)."
-    kind = metadata.get("node_type", "file")
-    return (
-        f"{name} is a Zarr {kind} that was not written by chunkglm (or only with plain to_zarr), so nothing says whether it is "
-        "complete. Open it with xarray.open_zarr and pass the dataset, or save it with chunkglm.save."
+def _not_a_folder(name: str) -> StoreError | SourceNotFoundError:
+    if Path(name + PARTIAL).is_dir():
+        return IncompleteStoreError(
+            f"{name} was never finished: what was begun lies in {name + PARTIAL}. Run the same command again to "
+            "make it."
+        )
+    if Path(name).exists():
+        return StoreError(
+            f"{name} is a file; a store is a folder. Convert a NIfTI file with chunkglm convert."
+        )
+    return SourceNotFoundError(
+        f"There is no store {name}. Check the path; chunkglm convert makes run stores."
     )
 
 
-def _read_manifest(backend: zarr.abc.store.Store, name: str) -> bytes:
+def _without_root(name: str, backend: zarr.abc.store.Store) -> StoreError | SourceNotFoundError:
+    if _is_url(name) and not _list(backend, top=True):
+        return SourceNotFoundError(f"There is no store {name}. Check the URL.")
+    if not _looks_like_store(backend) or not _list(backend, top=True):
+        return IncompleteStoreError(
+            f"{name} is not a store: it is a folder without {ROOT}. Check the path; chunkglm convert makes stores."
+        )
+    return IncompleteStoreError(
+        f"{name} is incomplete: it has no {ROOT}, which is written last. Make it again with overwrite (chunkglm "
+        "convert --overwrite)."
+    )
+
+
+def _not_sealed(name: str, metadata: dict[str, Any], backend: zarr.abc.store.Store) -> StoreError:
+    if metadata["attributes"].get(STUDY):
+        return StoreError(
+            f"{name} is a study with several runs. Open it with open_study, or give one of its runs "
+            f"({name}/run-...)."
+        )
+    if _read(backend, _MANIFEST_FILES[0]) is not None:
+        return _damaged(name, [f"{ROOT} has no attribute {SEAL} any more"])
+    kind = metadata.get("node_type", "file")
+    return IncompleteStoreError(
+        f"{name} is a Zarr {kind} that was not written by chunkglm (or only with plain to_zarr), so nothing says "
+        "whether it is complete. Open it with xarray.open_zarr and pass the dataset, or save it with chunkglm.save."
+    )
+
+
+def _read_manifest(backend: zarr.abc.store.Store, name: str) -> tuple[bytes, bytes]:
+    if missing := [f"{key} is missing" for key in _MANIFEST_FILES if _read(backend, key) is None]:
+        raise _damaged(name, missing)
     try:
-        array = zarr.open_array(backend, path=MANIFEST, mode="r")
-        return bytes(np.asarray(array[:]).tobytes())
+        array = cast("Any", zarr.open_array(backend, path=MANIFEST, mode="r"))
+        return np.asarray(array[:]).tobytes(), _read(backend, _MANIFEST_FILES[0]) or b""
     except Exception as error:  # zarr and its codecs raise many kinds for a broken array
         raise _damaged(name, [f"the array {MANIFEST} cannot be read ({error})"]) from error
 
@@ -271,7 +341,8 @@ def open_store(store: StoreLike) -> xr.Dataset:
     Returns
     -------
     Dataset
-        Lazy, with dask chunks as they are stored. Chunk encodings are cleared, so that any slice can be saved again.
+        Lazy, with dask chunks as they are stored. Chunk encodings are cleared, so that any slice can be saved
+        again.
 
     Raises
     ------
@@ -279,7 +350,12 @@ def open_store(store: StoreLike) -> xr.Dataset:
         The last also later, when a chunk that is read is missing or altered.
     """
     checked, _ = _open_checked(store)
-    ds = xr.open_zarr(cast("Any", checked), consolidated=False, chunks={}, drop_variables=_OWN_VARIABLES)
+    ds: xr.Dataset = xr.open_zarr(
+        cast("Any", checked), consolidated=False, chunks={}, drop_variables=_OWN_VARIABLES
+    )
+    arrays = {key.removesuffix(f"/{ROOT}") for key in checked.manifest if key.endswith(f"/{ROOT}")}
+    if missing := arrays - set(ds.variables) - set(_OWN_VARIABLES):
+        raise _damaged(checked.name, [f"{array}/{ROOT} is missing" for array in sorted(missing)])
     for name in _OWN_ATTRS:
         ds.attrs.pop(name, None)
     for variable in ds.variables.values():
@@ -299,8 +375,8 @@ def open_run(store: StoreLike) -> xr.Dataset:
     Returns
     -------
     Dataset
-        ``bold (time, z, y, x)`` in physical units, ``mask (z, y, x)``, ``mean_image (z, y, x)``, lazily; coordinates
-        ``time`` (s), ``z``, ``y``, ``x`` and ``grid``.
+        ``bold (time, z, y, x)`` in physical units, ``mask (z, y, x)``, ``mean_image (z, y, x)``, lazily;
+        coordinates ``time`` (s), ``z``, ``y``, ``x`` and ``grid``.
 
     Raises
     ------
@@ -328,28 +404,24 @@ def open_study(store: StoreLike) -> xr.DataTree:
     ------
     SourceNotFoundError, IncompleteStoreError, DamagedStoreError
     """
-    name = os.fspath(store)
-    if not _is_url(store) and not Path(name).is_dir():
+    name = _name(store)
+    return xr.DataTree.from_dict({label: open_run(f"{name}/{label}") for label in _run_names(name)})
+
+
+def _run_names(name: str) -> list[str]:
+    """Names of the run stores in a study, in natural order."""
+    if not _is_url(name) and not Path(name).is_dir():
         raise SourceNotFoundError(
             f"There is no study {name}. Check the path; chunkglm convert and run make studies."
         )
-
-    async def members() -> list[str]:
-        return [key async for key in _backend(store, read_only=True).list_dir("")]
-
-    labels = [
-        key.rstrip("/")
-        for key in zarr.core.sync.sync(members())
-        if key.startswith("run-") and not key.endswith(PARTIAL)
-    ]
-    if not labels:
+    members = _list(_backend(name, read_only=True), top=True)
+    names = [key for key in members if key.startswith("run-") and not key.endswith(PARTIAL)]
+    if not names:
         raise SourceNotFoundError(
-            f"{name} holds no run stores (groups named run-<label>). Convert runs into it: chunkglm convert RUN.nii.gz "
-            f"{name}/run-1."
+            f"{name} holds no run stores (groups named run-<label>). Convert runs into it: chunkglm convert "
+            f"RUN.nii.gz {name}/run-1."
         )
-    return xr.DataTree.from_dict(
-        {label: open_run(f"{name}/{label}") for label in sorted(labels, key=_natural)}
-    )
+    return sorted(names, key=_natural)
 
 
 def _natural(label: str) -> tuple[Any, ...]:
@@ -371,46 +443,46 @@ def verify(store: StoreLike) -> None:
         Naming every file that is missing, altered, cut off or foreign.
     SourceNotFoundError, IncompleteStoreError, FormatVersionError
     """
-    if is_study(store):
-        for run in open_study(store):
-            verify(f"{os.fspath(store)}/{run}")
-        return
-    checked, _ = _open_checked(store)
-    backend = checked._store  # noqa: SLF001  (the wrapper of this module)
-    found = {key for key in _list_keys(backend) if key != ROOT and not key.startswith(f"{MANIFEST}/")}
-    problems = [f"{key} does not belong to it" for key in sorted(found - set(checked.manifest))]
+    name = _name(store)
+    damage = []
+    for place in [f"{name}/{label}" for label in _run_names(name)] if is_study(name) else [name]:
+        try:
+            _verify(place)
+        except DamagedStoreError as error:
+            damage.append(str(error))
+    if damage:
+        raise DamagedStoreError("\n".join(damage))
+
+
+def _verify(name: str) -> None:
+    checked, _ = _open_checked(name)
+    foreign = set(_list(checked.backend)) - set(checked.manifest) - {ROOT, *_MANIFEST_FILES}
+    problems = [f"{key} does not belong to it" for key in foreign]
     for key, entry in checked.manifest.items():
-        content = _read(backend, key)
-        if content is None:
-            problems.append(f"{key} is missing")
-        elif not _is_whole(key, content, entry):
-            problems.append(f"{key} was altered or cut off")
+        problem = _problem(key, _read(checked.backend, key), entry)
+        problems += [problem] if problem else []
     if problems:
-        raise _damaged(os.fspath(store), sorted(problems))
+        raise _damaged(name, sorted(problems))
 
 
 def is_study(store: StoreLike) -> bool:
     """Whether ``store`` is a group of run stores."""
-    if not _is_url(store) and not Path(store).is_dir():
-        return False
-    root = _read(_backend(store, read_only=True), ROOT)
-    try:
-        return root is not None and bool(json.loads(root)["attributes"].get("chunkglm_study"))
-    except (ValueError, KeyError, AttributeError):
-        return False
+    return bool(_root_attributes(_name(store)).get(STUDY))
 
 
-# ----------------------------------------------------------------------------------------------------------- writing
+# ---------------------------------------------------------------------------------------------------- writing
 
 
 class _RootLastStore(zarr.storage.WrapperStore[Any]):
     """A store that keeps the root's metadata back until everything else is written."""
 
+    _supports_sync_io = False
+
     def __init__(self, store: Any, root: Any = None) -> None:
         super().__init__(store)
         self.root = root
 
-    def with_read_only(self, read_only: bool = False) -> _RootLastStore:  # noqa: FBT001, FBT002  (zarr's signature)
+    def with_read_only(self, read_only: bool = False) -> _RootLastStore:
         return type(self)(self._store.with_read_only(read_only), self.root)
 
     async def set(self, key: str, value: Any) -> None:
@@ -435,6 +507,7 @@ class StoreWriter:
     """A store under construction; made by :func:`writing`."""
 
     def __init__(self, backend: zarr.abc.store.Store) -> None:
+        self._backend = backend
         self._store = _RootLastStore(backend)
 
     def create(self, ds: xr.Dataset, chunks: Mapping[str, tuple[int, ...]]) -> Any:
@@ -450,51 +523,60 @@ class StoreWriter:
         -------
         dask.Delayed
             Computing it writes the lazy variables.
+
+        Raises
+        ------
+        InputError
+            If Zarr has no form for something in it.
         """
         encoding = {
             str(name): _encoding(variable, chunks.get(str(name))) for name, variable in ds.variables.items()
         }
-        return ds.to_zarr(
-            cast("Any", self._store),
-            mode="w-",
-            consolidated=False,
-            zarr_format=3,
-            compute=False,
-            write_empty_chunks=True,
-            encoding=encoding,
-        )
+        try:
+            return ds.to_zarr(
+                cast("Any", self._store),
+                mode="w-",
+                consolidated=False,
+                zarr_format=3,
+                compute=False,
+                write_empty_chunks=True,
+                encoding=encoding,
+            )
+        except ChunkGLMError:
+            raise
+        except (TypeError, ValueError, NotImplementedError) as error:
+            raise InputError(
+                f"The dataset cannot be saved: {error}. Change or drop what is named."
+            ) from error
 
     def array(self, name: str) -> Any:
-        """The zarr array of a variable, to write blocks to."""
+        """Open the zarr array of a variable, to write blocks to."""
         return zarr.open_array(self._store, path=name, mode="r+", config={"write_empty_chunks": True})
 
     def finish(self, attrs: Mapping[str, Any]) -> None:
         """Write the manifest and then, last, the root with ``attrs`` added to its attributes."""
-        backend = self._store._store  # noqa: SLF001  (the wrapper of this module)
-        metadata = json.loads(self._store.root.to_bytes())
-        metadata["attributes"].update(attrs)
-        manifest = canonical_json(_make_manifest(backend))
-        array = zarr.create_array(
-            backend,
+        manifest = canonical_json(_make_manifest(self._backend))
+        zarr.create_array(
+            self._store,
             name=MANIFEST,
             data=np.frombuffer(manifest, dtype=np.uint8),
             chunks=(len(manifest),),
             compressors=_compressors(np.dtype(np.uint8)),
             dimension_names=("manifest_byte",),
         )
-        del array
-        metadata["attributes"][SEAL] = _seal(metadata["attributes"], manifest)
+        metadata = json.loads(self._store.root.to_bytes())
+        metadata["attributes"].update(attrs)
+        manifest_metadata = _read(self._backend, _MANIFEST_FILES[0]) or b""
+        metadata["attributes"][SEAL] = _seal(metadata, manifest, manifest_metadata)
         buffer = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata, indent=1).encode())
-        zarr.core.sync.sync(backend.set(ROOT, buffer))
+        zarr.core.sync.sync(self._backend.set(ROOT, buffer))
 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
     """Codecs after the bytes: see ``benchmarks/README.md`` for why these."""
     shuffle = "bitshuffle" if dtype.kind in "iu" else "shuffle"
-    return [
-        BloscCodec(cname="lz4", clevel=1, shuffle=cast("Any", shuffle), typesize=dtype.itemsize),
-        Crc32cCodec(),
-    ]
+    blosc = BloscCodec(cname="lz4", clevel=1, shuffle=cast("Any", shuffle), typesize=dtype.itemsize)
+    return [blosc, Crc32cCodec()]
 
 
 def _encoding(variable: xr.Variable, chunks: tuple[int, ...] | None) -> dict[str, Any]:
@@ -527,47 +609,97 @@ def writing(store: StoreLike, *, overwrite: bool) -> Iterator[StoreWriter]:
     StoreError
         If the place cannot be written.
     """
-    name = os.fspath(store).rstrip("/")
-    check_free(store, overwrite=overwrite)
-    if _is_url(store):
-        backend = _backend(store, read_only=False)
-        if overwrite:
-            zarr.core.sync.sync(backend.delete_dir(""))
-        yield StoreWriter(backend)
-        return
-    target, partial = Path(name), Path(name + PARTIAL)
+    name = _name(store)
+    check_free(name, overwrite=overwrite)
     try:
-        _ensure_study(target.parent)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        with _at_url(name) if _is_url(name) else _beside(Path(name)) as writer:
+            yield writer
+    except ChunkGLMError:
+        raise
     except OSError as error:
-        raise StoreError(f"{name} cannot be written: {error}. Choose a place where you may write.") from error
+        raise StoreError(
+            f"{name} was not written: {error}. Check that the place has space and that you may write there."
+        ) from error
+
+
+@contextmanager
+def _at_url(name: str) -> Iterator[StoreWriter]:
+    backend = _backend(name, read_only=False)
+    zarr.core.sync.sync(backend.delete_dir(""))
     try:
-        yield StoreWriter(_backend(partial, read_only=False))
-        _move(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        yield StoreWriter(backend)
+        parent = name.rpartition("/")[0]
+        if parent.endswith(".zarr"):
+            buffer = default_buffer_prototype().buffer.from_bytes(_study_root())
+            zarr.core.sync.sync(_backend(parent, read_only=False).set_if_not_exists(ROOT, buffer))
+    except BaseException:
+        with suppress(OSError):
+            zarr.core.sync.sync(backend.delete_dir(""))
+        raise
+
+
+@contextmanager
+def _beside(target: Path) -> Iterator[StoreWriter]:
+    target = target.resolve() if target.is_symlink() else target
+    partial = target.with_name(target.name + PARTIAL)
+    folders = [target.parent, *target.parent.parents]
+    made = [folder for folder in folders if not folder.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(partial)
+        partial.mkdir()
+        try:
+            yield StoreWriter(_backend(str(partial), read_only=False))
+            _make_study(target.parent)
+            _move(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _remove_unfinished(partial: Path) -> None:
+    """Remove what an earlier attempt left, and nothing else."""
+    if not os.path.lexists(partial):
+        return
+    if not partial.is_dir() or not all(_is_unfinished_member(member) for member in partial.iterdir()):
+        raise StoreExistsError(f"{partial} is in the way, and is no unfinished store. Move it away.")
+    shutil.rmtree(partial)
+
+
+def _is_unfinished_member(path: Path) -> bool:
+    """Whether a path is an array that is being written, or a file that zarr is writing."""
+    if path.is_dir():
+        return all(child.name == "c" or _is_unfinished_member(child) for child in path.iterdir())
+    return path.name == ROOT or path.name.endswith(PARTIAL)
 
 
 def check_free(store: StoreLike, *, overwrite: bool) -> None:
-    """Refuse to write where something is, unless ``overwrite``; and never replace what is not a store.
+    """Refuse to write where something is, unless ``overwrite``; and never replace what is not one store.
 
     Raises
     ------
     StoreExistsError
     """
-    name = os.fspath(store).rstrip("/")
+    name = _name(store)
+    if SEAL in _root_attributes(name.rpartition("/")[0]):
+        raise StoreExistsError(f"{name} would lie inside another store. Choose a place beside it.")
     if not exists(name):
         return
     if not overwrite:
         raise StoreExistsError(
             f"{name} exists. Choose another place, or say overwrite (--overwrite) to replace it."
         )
-    if (
-        not _is_url(name)
-        and not (Path(name) / ROOT).is_file()
-        and any(Path(name).iterdir() if Path(name).is_dir() else [1])
-    ):
+    if is_study(name):
+        raise StoreExistsError(
+            f"{name} is a study with several runs, so it is not replaced. Write to one of its runs "
+            f"({name}/run-...), or remove it."
+        )
+    is_folder = _is_url(name) or Path(name).is_dir()
+    if not is_folder or not _looks_like_store(_backend(name, read_only=True)):
         raise StoreExistsError(
             f"{name} exists and is not a Zarr store, so it is not replaced. Choose another place."
         )
@@ -575,24 +707,31 @@ def check_free(store: StoreLike, *, overwrite: bool) -> None:
 
 def _move(partial: Path, target: Path) -> None:
     """Put a finished store in its place; what was there is removed only after."""
-    old = target.with_name(target.name + ".old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    partial.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    if not target.exists():
+        partial.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        target.rename(aside / target.name)
+        try:
+            partial.rename(target)
+        except OSError:
+            (aside / target.name).rename(target)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _ensure_study(folder: Path) -> None:
-    """Make the folder of a store; if it is named ``*.zarr``, make it a group that plain xarray can open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if folder.suffix == ".zarr" and not (folder / ROOT).exists():
-        group = {
-            "zarr_format": 3,
-            "node_type": "group",
-            "attributes": {"chunkglm_study": True, "format_version": FORMAT_VERSION},
-        }
-        (folder / ROOT).write_text(json.dumps(group, indent=1), encoding="utf-8")
+def _make_study(folder: Path) -> None:
+    """Make the folder of a store, if it is named ``*.zarr``, a group that plain xarray can open."""
+    if folder.suffix == ".zarr" and not (folder / ROOT).exists() and not (folder / ".zgroup").exists():
+        (folder / ROOT).write_bytes(_study_root())
+
+
+def _study_root() -> bytes:
+    attributes = {STUDY: True, "format_version": FORMAT_VERSION}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+    return json.dumps(group, indent=1).encode()
 
 
 def save(
@@ -623,7 +762,7 @@ def save(
 
     Raises
     ------
-    StoreExistsError, StoreError
+    StoreExistsError, StoreError, InputError
     """
     check_free(store, overwrite=overwrite)
     ds = savable(ds)
@@ -637,7 +776,7 @@ def save(
 
 
 def savable(ds: xr.Dataset) -> xr.Dataset:
-    """Make a dataset fit the format: uniform chunks, variable-length strings, attributes, and for a run what viewers need.
+    """Make a dataset fit the format: uniform chunks, variable-length strings, attributes, and what viewers need.
 
     Parameters
     ----------
@@ -646,82 +785,109 @@ def savable(ds: xr.Dataset) -> xr.Dataset:
     Returns
     -------
     Dataset
-        With the attributes ``format_version`` and ``chunkglm_version``; and, if it has ``bold`` on a grid, the OME-Zarr
-        attribute ``ome`` and the binary header as the uint8 variable ``nifti``.
+        With the attributes ``format_version``, ``chunkglm_version`` and ``package_versions``; and, if it has
+        ``bold`` on a grid, the OME-Zarr attribute ``ome`` and the binary header as the uint8 variable ``nifti``.
+
+    Raises
+    ------
+    InputError
+        If a name is taken, or values changed that carry the scale factor of their source.
     """
-    ds = ds.copy()
-    for name, variable in ds.variables.items():
-        if variable.dtype.kind in "UT" or (variable.dtype.kind == "O" and variable.ndim == 1):
-            values = (
-                text_labels(variable.values.tolist())
-                if variable.ndim == 1
-                else variable.values.astype(object)
-            )
-            ds = (
-                ds.assign_coords({name: (variable.dims, values, variable.attrs)})
-                if name in ds.coords
-                else ds.assign({name: (variable.dims, values, variable.attrs)})
-            )
-        elif variable.chunks is not None and not _is_uniform(variable.chunks):
-            ds[name] = ds[name].chunk({dim: max(sizes) for dim, sizes in variable.chunksizes.items()})
-        packing = nifti.source_packing(variable)
-        if packing is not None:
-            ds[name] = _packed(ds[name].variable, packing)
-    ds.attrs.update(format_version=FORMAT_VERSION, chunkglm_version=__version__)
-    if "bold" in ds and "grid" in ds.coords and set(ds["bold"].dims) == {"time", *SPACE}:
-        ds[HEADER] = (
-            f"{HEADER}_byte",
-            np.frombuffer(base64.b64decode(ds["grid"].attrs["header"]), dtype=np.uint8),
+    if taken := set(_OWN_VARIABLES) & set(ds.variables):
+        raise InputError(
+            f"The dataset has a variable {' and '.join(sorted(taken))!r}, a name that stores use themselves. Rename "
+            "it with Dataset.rename."
         )
-        ds.attrs["ome"] = _ome(ds)
+    header, ome = _for_viewers(ds)
+    for name, variable in ds.variables.items():
+        fitting = _savable_variable(variable)
+        if fitting is not variable:
+            ds = ds.assign_coords({name: fitting}) if name in ds.coords else ds.assign({name: fitting})
+    versions = [f"{package} {version(package)}" for package in _PACKAGES]
+    ds = ds.assign_attrs(
+        format_version=FORMAT_VERSION, chunkglm_version=__version__, package_versions=versions
+    )
+    if header is not None:
+        ds[HEADER] = (f"{HEADER}_byte", np.frombuffer(header, dtype=np.uint8))
+        ds.attrs["ome"] = ome
     return ds
 
 
+def _savable_variable(variable: xr.Variable) -> xr.Variable:
+    """Give a variable the form that the format has for it; the same object where it is so already."""
+    values = variable.values if variable.dtype.kind in "UTO" else None
+    if values is not None and all(isinstance(value, str) for value in values.flat):
+        labels = text_labels(values.ravel().tolist()).reshape(variable.shape)
+        return xr.Variable(variable.dims, labels, variable.attrs)
+    packing = nifti.source_packing(variable)
+    if packing is not None:
+        variable = _packed(variable, packing)
+    if variable.chunks is not None and not _is_uniform(variable.chunks):
+        sizes = {dim: max(lengths) for dim, lengths in variable.chunksizes.items()}
+        variable = variable.chunk(sizes)
+    if variable.chunks is not None and _largest(variable) > LARGEST_CHUNK:
+        variable = variable.chunk(dict(zip(variable.dims, _bounded_shape(variable), strict=True)))
+    return variable
+
+
 def _packed(variable: xr.Variable, packing: nifti.Packing) -> xr.Variable:
-    """The stored integers of values that were opened from integers, with their scale as attributes."""
-    data = variable.data
-    if variable.chunks is None:
-        data = packing.pack(np.asarray(data))
-    else:
-        data = data.map_blocks(packing.pack, dtype=packing.dtype)
-    attrs = {**variable.attrs, "scale_factor": packing.slope, "add_offset": packing.intercept}
-    return xr.Variable(variable.dims, data, attrs)
+    """Turn values that were opened from integers into these integers, with their scale as attributes."""
+    data: Any = variable.data if variable.chunks is not None else np.asarray(variable.data)
+    data = (
+        packing.pack(data) if variable.chunks is None else data.map_blocks(packing.pack, dtype=packing.dtype)
+    )
+    scale = {"scale_factor": (packing.slope, 1.0), "add_offset": (packing.intercept, 0.0)}
+    # What changes nothing is left out: adding 0 would turn -0.0 into 0.0.
+    attrs = {key: value for key, (value, neutral) in scale.items() if value != neutral}
+    return xr.Variable(variable.dims, data, {**variable.attrs, **attrs})
 
 
 def _is_uniform(chunks: tuple[tuple[int, ...], ...]) -> bool:
     return all(len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] for sizes in chunks)
 
 
+def _largest(variable: xr.Variable) -> int:
+    return int(np.prod([max(sizes) for sizes in variable.chunks or ()]) * variable.dtype.itemsize)
+
+
 def _chunk_shape(variable: xr.Variable) -> tuple[int, ...]:
-    """As dask has it; of an array in memory, chunks of bounded size along the first dimensions."""
+    """Chunk shape as dask has it; of an array in memory, chunks of bounded size along the first dimensions."""
     if variable.chunks is not None:
-        return tuple(sizes[0] for sizes in variable.chunks)
+        return tuple(max(sizes[0], 1) for sizes in variable.chunks)
+    return _bounded_shape(variable)
+
+
+def _bounded_shape(variable: xr.Variable) -> tuple[int, ...]:
     shape = list(variable.shape)
     for axis in range(len(shape)):
-        itemsize = variable.dtype.itemsize
-        while shape[axis] > 1 and int(np.prod(shape)) * itemsize > plan.CHUNK_BYTES:
+        while shape[axis] > 1 and int(np.prod(shape)) * variable.dtype.itemsize > plan.CHUNK_BYTES:
             shape[axis] = (shape[axis] + 1) // 2
     return tuple(max(n, 1) for n in shape)
 
 
-def _ome(ds: xr.Dataset) -> dict[str, Any]:
-    """OME-Zarr 0.5 attributes over ``bold``: axes, and voxel sizes and repetition time as a scale."""
-    affine = np.asarray(ds["grid"].attrs["affine"], dtype=np.float64).reshape(4, 4)
-    x, y, z = (float(v) for v in np.linalg.norm(affine[:3, :3], axis=0))
+def _for_viewers(ds: xr.Dataset) -> tuple[bytes | None, dict[str, Any]]:
+    """The header of ``bold`` and OME-Zarr 0.5 attributes over it, if it is a signal on an even grid."""
+    if "bold" not in ds or ds["bold"].dims != ("time", *SPACE) or "grid" not in ds.coords:
+        return None, {}
+    try:
+        header, affine = nifti.export_header(ds["bold"]), nifti.slice_affine(ds["bold"])
+    except InputError:
+        return None, {}
+    x, y, z = (float(size) for size in nifti.voxel_sizes(affine))
     times = ds["time"].values
-    step = round(float(times[1] - times[0]), 6) if times.size > 1 else 1.0
+    step = abs(round(float(times[1] - times[0]), 6)) if times.size > 1 and times.dtype.kind in "iuf" else 0.0
     axes = [{"name": "time", "type": "time", "unit": "second"}]
     axes += [{"name": dim, "type": "space", "unit": "millimeter"} for dim in SPACE]
-    transformations = [{"type": "scale", "scale": [step, z, y, x]}]
+    transformations = [{"type": "scale", "scale": [step or 1.0, z, y, x]}]
     datasets = [{"path": "bold", "coordinateTransformations": transformations}]
-    return {"version": "0.5", "multiscales": [{"name": "bold", "axes": axes, "datasets": datasets}]}
+    return header, {"version": "0.5", "multiscales": [{"name": "bold", "axes": axes, "datasets": datasets}]}
 
 
-class _Counting(Callback):  # type: ignore[misc]
+class _Counting(Callback):  # type: ignore[misc, unused-ignore]
     """Tells how many tasks of a computation are finished."""
 
     def __init__(self, progress: Callable[[int, int], None]) -> None:
-        super().__init__(start_state=self._begin, posttask=self._advance)
+        cast("Any", super()).__init__(start_state=self._begin, posttask=self._advance)
         self._progress = progress
         self._done = self._total = 0
 

@@ -26,7 +26,7 @@ SHAPE = (16, 18, 12)
 def data(tmp_path_factory):
     """Two small sessions with designs and a mask."""
     folder = tmp_path_factory.mktemp("data")
-    for session, volumes in ((1, 60), (2, 66)):
+    for session, volumes in ((1, 66), (2, 72)):
         write_simulated_run(
             folder / f"run{session}.nii.gz",
             folder / f"run{session}_design.npz",
@@ -57,7 +57,7 @@ def call(*arguments):
     return exit_.value.code
 
 
-def job(data, contrast="diff=[-1,-1,1,1,0,0]"):
+def job(data, contrast="diff=[-1,-1,1,1,0,0,0]"):
     return (
         "run", data / "run1.nii.gz", data / "run2.nii.gz",
         "--design", data / "run1_design.npz", "--design", data / "run2_design.npz",
@@ -90,12 +90,12 @@ def test_run__leaves_stores_maps_sidecars_and_provenance(finished, data):
             assert np.isfinite(image.get_fdata()).all()
             sidecar = json.loads((maps / f"{prefix}contrast-diff_stat-{stat}_statmap.json").read_text())
             assert sidecar["Weights"] == {"SSt": -1, "SSp": -1, "DSt": 1, "DSp": 1}
-            assert sidecar["DegreesOfFreedom"] == {"": 114, "run-1_": 54, "run-2_": 60}[prefix]
+            assert sidecar["DegreesOfFreedom"] == {"": 124, "run-1_": 59, "run-2_": 65}[prefix]
             assert len(sidecar["Inputs"]) == (1 if prefix else 2)
     cg.verify(finished / "runs.zarr")
     cg.verify(finished / "fit.zarr")
     provenance = json.loads((finished / "provenance.json").read_text())
-    assert [run["volumes"] for run in provenance["runs"]] == [60, 66]
+    assert [run["volumes"] for run in provenance["runs"]] == [66, 72]
     assert provenance["mask"]["path"] == str(data / "mask.nii.gz")
     assert all((finished / name).is_file() for name in provenance["outputs"])
     assert len(provenance["outputs"]) == 3 * 11
@@ -104,7 +104,7 @@ def test_run__leaves_stores_maps_sidecars_and_provenance(finished, data):
 def test_run__is_the_api(finished, data):
     runs = cg.open_study(finished / "runs.zarr")
     fit = cg.fit(runs, [data / "run1_design.npz", data / "run2_design.npz"])
-    contrasts = cg.contrast(fit, [-1, -1, 1, 1, 0, 0])
+    contrasts = cg.contrast(fit, [-1, -1, 1, 1, 0, 0, 0])
     combined = cg.fixed_effects(contrasts)
     for prefix, expected in (
         ("", combined),
@@ -180,7 +180,7 @@ def test_run__never_touches_a_foreign_folder(data, tmp_path, capsys):
 def test_run__prints_dof_peak_time_and_memory(data, tmp_path, capsys):
     assert call("-q", *job(data), "--output", tmp_path / "results") == 0
     out, err = capsys.readouterr()
-    assert "114" in out
+    assert "124" in out
     assert "fixed effects" in out
     assert re.search(r"\d+\.\d s, peak memory \d+ MB", out)
     assert err == ""
@@ -217,7 +217,7 @@ def test_run__compat_and_precision_weighting_are_followed(data, tmp_path):
         for stat in ("effect", "variance")
     )
     expected = compute_fixed_effects(
-        effects, variances, str(data / "mask.nii.gz"), precision_weighted=True, dofs=[54, 60]
+        effects, variances, str(data / "mask.nii.gz"), precision_weighted=True, dofs=[59, 65]
     )
     for stat, image in zip(("effect", "variance", "t", "z"), expected, strict=True):
         got = nib.load(maps / f"contrast-diff_stat-{stat}_statmap.nii.gz").get_fdata()
@@ -234,7 +234,7 @@ def test_verbs__one_by_one_give_the_maps_of_run(finished, data, tmp_path):
         assert call("convert", source, store, "--mask", data / "mask.nii.gz", "--smoothing-fwhm", "5") == 0
     designs = [item for n in (1, 2) for item in ("--design", data / f"run{n}_design.npz")]
     assert call("fit", study, *designs, "--output", tmp_path / "fit.zarr") == 0
-    contrast = ("--contrast", "diff=[-1,-1,1,1,0,0]")
+    contrast = ("--contrast", "diff=[-1,-1,1,1,0,0,0]")
     assert call("contrast", tmp_path / "fit.zarr", *contrast, "--output", tmp_path / "con.zarr") == 0
     assert call("combine", tmp_path / "con.zarr", "--output", tmp_path / "fixed.zarr") == 0
     for store in ("con.zarr", "fixed.zarr"):
@@ -257,7 +257,7 @@ def test_export__gives_a_run_back(data, tmp_path):
 def test_info__is_json_for_programs(finished, capsys):
     assert call("info", finished / "runs.zarr", "--json") == 0
     about = json.loads(capsys.readouterr().out)
-    assert about["run-2"]["sizes"]["time"] == 66
+    assert about["run-2"]["sizes"]["time"] == 72
     assert call("info", finished / "fit.zarr") == 0
     assert "sigma2" in capsys.readouterr().out
 
@@ -351,7 +351,7 @@ def wrong_inputs(data, folder):
         "truncated gzip": ({"runs": [truncated, second]}, ["truncated.nii.gz", "again"]),
         "3-D image": ({"runs": [flat, second]}, ["flat.nii.gz", "3-D"]),
         "no repetition time": ({"runs": [timeless, second]}, ["timeless.nii.gz", "--t-r"]),
-        "rows and volumes": ({"design": [two, one]}, ["run2_design.npz", "66", "60"]),
+        "rows and volumes": ({"design": [two, one]}, ["run2_design.npz", "72", "66"]),
         "one design": ({"design": [one]}, ["2 runs", "1 design"]),
         "no such design": ({"design": [folder / "none.csv", two]}, ["none.csv"]),
         "mask on another grid": ({"mask": small}, ["small.nii.gz", "(4, 4, 4)"]),

@@ -1,28 +1,30 @@
 r"""Least squares and exact AR(1) at every voxel, from sums that are accumulated over time.
 
-Notation, for one run: design :math:`X` (T, P) of rank r; its singular value decomposition :math:`X = U s V'`; S shifts down
-by one sample, with a first row of zeros. :math:`Q = U R` with R the rotation that diagonalises :math:`U'(S + S')U`, so that
+Notation, for one run: design :math:`X` (T, P) of rank r; :math:`U` (T, r) an orthonormal basis of its column
+space; S shifts down by one sample, with a first row of zeros. :math:`Q = U R` with R the rotation that
+diagonalises :math:`U'(S + S')U`, so that
 
 .. math:: Q'Q = I, \qquad Q'(S + S')Q = \Lambda = \mathrm{diag}(l).
 
-Whitening by AR(1) with coefficient :math:`\rho` is :math:`W = I - \rho S` (the first sample is left as it is), and
+Whitening by AR(1) with coefficient :math:`\rho` is :math:`W = I - \rho S` (the first sample is left as it is),
+and
 
 .. math:: W'W = (1 + \rho^2) I - \rho (S + S') - \rho^2 e_T e_T'
 
-with :math:`e_T` the last unit vector. With q the last row of Q, :math:`c_0 = Q'y` and :math:`c_1 = Q'(S + S')y`, the
-generalised least squares problem in the coordinates of Q is
+with :math:`e_T` the last unit vector. With q the last row of Q, :math:`c_0 = Q'y` and
+:math:`c_1 = Q'(S + S')y`, the generalised least squares problem in the coordinates of Q is
 
 .. math::
     M(\rho) &= Q'W'WQ = D - \rho^2 q q', \quad D = \mathrm{diag}(1 + \rho^2 - \rho l) \\
     Q'W'Wy &= (1 + \rho^2) c_0 - \rho c_1 - \rho^2 q y_T \\
     y'W'Wy &= (1 + \rho^2) s_0 - 2 \rho s_1 - \rho^2 y_T^2
 
-where :math:`s_0 = \sum y_t^2` and :math:`s_1 = \sum y_t y_{t+1}`. M is diagonal plus rank one, so its inverse is that of
-Sherman and Morrison, in O(r) operations a voxel and at that voxel's own :math:`\rho`. Only :math:`c_0, c_1, s_0, s_1`, the
-sum, and the first and last sample touch the data, and all of them are sums over time: a run is fitted in one pass over
-blocks of volumes, none of which is kept.
+where :math:`s_0 = \sum y_t^2` and :math:`s_1 = \sum y_t y_{t+1}`. M is diagonal plus rank one, so its inverse
+is that of Sherman and Morrison, in O(r) operations a voxel and at that voxel's own :math:`\rho`. Only
+:math:`c_0, c_1, s_0, s_1`, the sum, and the first and last sample touch the data, and all of them are sums over
+time: a run is fitted in one pass over blocks of volumes, none of which is kept.
 
-The samples are accumulated relative to their mean in the first block, and the mean is then removed exactly, so that
+The samples are accumulated relative to a level near their mean, and the mean is then removed exactly, so that
 nothing cancels that the model does not remove itself.
 """
 
@@ -45,11 +47,17 @@ VOXEL_TILE = 1024
 NO_VARIANCE = 16 * np.finfo(np.float64).eps
 """A standard deviation below this part of the level is rounding, not signal."""
 
-NO_RESIDUAL = 1e-13
-"""A residual sum of squares below this part of the total has no correct digit."""
+NO_RESIDUAL = 8 * np.finfo(np.float64).eps
+"""A residual sum of squares below this part of the total, for each volume, is rounding."""
+
+SPANNED = 1e-12
+"""A constant is spanned by a design that leaves less than this part of it."""
 
 BINS = 100
 """Steps of the autocorrelation per unit, under the reference's rules."""
+
+# Whatever is not finite ends as NaN in its own voxel, which is the answer and no surprise.
+_quiet = np.errstate(divide="ignore", invalid="ignore", over="ignore")
 
 
 class Basis(NamedTuple):
@@ -59,22 +67,23 @@ class Basis(NamedTuple):
     ----------
     rows : ndarray, shape (2 r + 1, T)
         Q', Q'(S + S') and a row of ones: what the data is multiplied by.
+    totals : ndarray, shape (2 r + 1,)
+        Sums of ``rows`` over time: what they give for a constant.
     lag : ndarray, shape (r,)
         The diagonal of Q'(S + S')Q.
     last : ndarray, shape (r,)
         The last row of Q.
-    ones : ndarray, shape (2 r,)
-        Q'1 and Q'(S + S')1.
     to_beta : ndarray, shape (P, r)
-        From coordinates in Q to regression coefficients (of minimal norm where r < P).
+        From coordinates in Q to regression coefficients; where r < P, to those of least norm in units of the
+        largest entry of each column.
     spans_constant : bool
         Whether a constant signal is fitted exactly.
     """
 
     rows: Floats
+    totals: Floats
     lag: Floats
     last: Floats
-    ones: Floats
     to_beta: Floats
     spans_constant: bool
 
@@ -95,22 +104,25 @@ def make_basis(design: Floats) -> Basis:
     -------
     Basis
     """
-    U, s, Vt = np.linalg.svd(design, full_matrices=False)
+    # Units of regressors differ by many orders of magnitude, which must not decide on the rank.
+    peak = np.abs(design).max(axis=0)
+    peak[peak == 0] = 1.0
+    U, s, Vt = np.linalg.svd(design / peak, full_matrices=False)
     rank = int((s > s[0] * max(design.shape) * np.finfo(np.float64).eps).sum())
     U, s, Vt = U[:, :rank], s[:rank], Vt[:rank]
     cross = U.T @ _shift_both(U)
     lag, R = np.linalg.eigh((cross + cross.T) / 2)
     Q = U @ R
-    shifted = _shift_both(Q)
     constant = np.ones(len(Q))
-    unfitted = constant - Q @ Q.sum(axis=0)
+    rows = np.ascontiguousarray(np.vstack([Q.T, _shift_both(Q).T, constant]))
+    unfitted = constant - Q @ (Q.T @ constant)
     return Basis(
-        rows=np.ascontiguousarray(np.vstack([Q.T, shifted.T, constant[None]])),
+        rows=rows,
+        totals=rows.sum(axis=1),
         lag=lag,
         last=Q[-1].copy(),
-        ones=np.concatenate([Q.sum(axis=0), shifted.sum(axis=0)]),
-        to_beta=(Vt.T / s) @ R,
-        spans_constant=bool(np.linalg.norm(unfitted) < 1e-8 * np.sqrt(len(Q))),
+        to_beta=(Vt.T / s) @ R / peak[:, None],
+        spans_constant=bool(np.linalg.norm(unfitted) < SPANNED * np.sqrt(len(Q))),
     )
 
 
@@ -120,6 +132,9 @@ def _shift_both(Z: Floats) -> Floats:
     out[1:] += Z[:-1]
     out[:-1] += Z[1:]
     return out
+
+
+# -------------------------------------------------------------------------------------------------------- sums
 
 
 class Sums(NamedTuple):
@@ -144,14 +159,22 @@ class Sums(NamedTuple):
     last: Floats
     shift: Floats
 
+    def tile(self, start: int) -> Sums:
+        """Views of the sums of ``VOXEL_TILE`` voxels, the first of them ``start``."""
+        return Sums(*(values[..., start : start + VOXEL_TILE] for values in self))
 
-def accumulate(blocks: Iterable[NDArray[Any]], basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False) -> Sums:
+
+@_quiet
+def accumulate(
+    blocks: Iterable[NDArray[Any]], basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False
+) -> Sums:
     """Accumulate the sums of some voxels over the blocks of a run.
 
     Parameters
     ----------
     blocks : iterable of ndarray, shape (n, ...)
-        Consecutive volumes, any real dtype; together as many as ``basis`` has. Each is dropped before the next is taken.
+        Consecutive volumes, any real dtype; together as many as ``basis`` has. Each is dropped before the next
+        is taken.
     basis : Basis
     voxels : ndarray of int, shape (V,)
         Numbers of the voxels in a raveled volume.
@@ -161,111 +184,155 @@ def accumulate(blocks: Iterable[NDArray[Any]], basis: Basis, voxels: NDArray[np.
     Returns
     -------
     Sums
+
+    Raises
+    ------
+    ValueError
+        If the volumes are not as many as the rows of the design.
     """
     V = len(voxels)
     sums = Sums(np.zeros((len(basis.rows), V)), *(np.zeros(V) for _ in range(5)))
-    done = 0
+    done = centred = 0
     for block in blocks:
-        flat = block.reshape(len(block), -1)
-        rows = np.ascontiguousarray(basis.rows[:, done : done + len(block)])
+        n = len(block)
+        if n == 0:
+            continue
+        flat = block.reshape(n, -1)
+        rows = np.ascontiguousarray(basis.rows[:, done : done + n])
         for start in range(0, V, VOXEL_TILE):
-            tile = slice(start, start + VOXEL_TILE)
-            y = flat[:, voxels[tile]].astype(np.float64)
-            if finite:
-                np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-            _add(sums, tile, y, rows, is_first=done == 0)
-        done += len(block)
+            y = _samples(flat, voxels[start : start + VOXEL_TILE], finite=finite)
+            _add(sums.tile(start), y, rows, is_first=done == 0)
+        done += n
+        # The next block is made before these names are bound to it.
+        del block, flat
+        if done >= 2 * centred:
+            if centred:
+                _recentre(sums, basis.rows[:, :done].sum(axis=1))
+            centred = done
     if done != basis.rows.shape[1]:
         raise ValueError(f"The blocks hold {done} volumes and the design {basis.rows.shape[1]}.")
     return sums
 
 
-def _add(sums: Sums, tile: slice, y: Floats, rows: Floats, *, is_first: bool) -> None:
-    """Add the samples y (n, v) of a tile."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        if is_first:
-            sums.shift[tile] = y.mean(axis=0)
-        y -= sums.shift[tile]
-        sums.products[:, tile] += rows @ y
-        sums.squares[tile] += np.einsum("tv,tv->v", y, y)
-        sums.lagged[tile] += np.einsum("tv,tv->v", y[1:], y[:-1])
-        if is_first:
-            sums.first[tile] = y[0]
-        else:
-            sums.lagged[tile] += sums.last[tile] * y[0]
-        sums.last[tile] = y[-1]
+def _samples(flat: NDArray[Any], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
+    """Samples of some voxels, as a new array (n, v)."""
+    y = flat[:, voxels].astype(np.float64)
+    if finite:
+        np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return y
 
 
-def temporal_mean(sums: Sums, n_volumes: int) -> Floats:
-    """Temporal mean of every voxel, shape (V,)."""
-    mean: Floats = sums.shift + sums.products[-1] / n_volumes
-    return mean
+def _add(sums: Sums, y: Floats, rows: Floats, *, is_first: bool) -> None:
+    """Add the samples y (n, v), in place."""
+    if is_first:
+        sums.shift[:] = y.mean(axis=0)
+    y -= sums.shift
+    sums.products[:] += rows @ y
+    sums.squares[:] += np.einsum("tv,tv->v", y, y)
+    sums.lagged[:] += np.einsum("tv,tv->v", y[1:], y[:-1])
+    if is_first:
+        sums.first[:] = y[0]
+    else:
+        sums.lagged[:] += sums.last * y[0]
+    sums.last[:] = y[-1]
 
 
-def _shifted(sums: Sums, basis: Basis, by: Floats) -> Sums:
-    """The sums of the data plus ``by`` (V,), which is constant in time."""
-    T, r = basis.rows.shape[1], basis.rank
-    total = sums.products[-1]
-    products = sums.products.copy()
-    products[: 2 * r] += basis.ones[:, None] * by
-    products[-1] += T * by
+def _recentre(sums: Sums, totals: Floats) -> None:
+    """Make the sums relative to the mean of the samples so far, in place.
+
+    The first block may be a single volume, and far from the others. Done whenever the volumes have doubled, this
+    costs next to nothing, and no sum grows larger than the variance of the data makes it.
+    """
+    for start in range(0, len(sums.shift), VOXEL_TILE):
+        old = sums.tile(start)
+        new = _shifted(old, totals, -old.products[-1] / totals[-1])
+        for target, values in zip(old, new, strict=True):
+            target[...] = values
+
+
+def _shifted(sums: Sums, totals: Floats, by: Floats) -> Sums:
+    """Sums of the data plus ``by`` (V,), constant in time; ``totals`` are the sums of the rows used so far."""
+    n, total = totals[-1], sums.products[-1]
     return Sums(
-        products=products,
-        squares=sums.squares + 2 * by * total + T * by**2,
-        lagged=sums.lagged + by * (2 * total - sums.first - sums.last) + (T - 1) * by**2,
+        products=sums.products + totals[:, None] * by,
+        squares=sums.squares + 2 * by * total + n * by**2,
+        lagged=sums.lagged + by * (2 * total - sums.first - sums.last) + (n - 1) * by**2,
         first=sums.first + by,
         last=sums.last + by,
         shift=sums.shift - by,
     )
 
 
-def _scaled(sums: Sums, by: Floats) -> Sums:
-    """The sums of the data times ``by`` (V,)."""
-    return Sums(
-        sums.products * by, sums.squares * by**2, sums.lagged * by**2, sums.first * by, sums.last * by, sums.shift * by
-    )
-
-
 class Signal(NamedTuple):
-    """The sums of the scaled signal without its mean, and that mean.
+    """The sums of a signal without its mean, and that mean.
 
     Attributes
     ----------
     sums : Sums
-        Of the signal minus its temporal mean; of the signal itself where the design does not span a constant.
     level : ndarray, shape (V,)
-        Constant that was left out, which the design fits exactly.
+        The constant that was left out.
+    rounding : ndarray, shape (V,)
+        Sum of squares that the rounding of the samples may amount to.
     """
 
     sums: Sums
     level: Floats
+    rounding: Floats
 
 
-def scale_signal(sums: Sums, basis: Basis, gain: Floats, offset: Floats) -> Signal:
-    """Scale the data to ``gain * y + offset``.
+@_quiet
+def remove_mean(sums: Sums, basis: Basis) -> Signal:
+    """Split the data into its temporal mean and the rest.
 
     Parameters
     ----------
     sums : Sums
         Of the data as it was read.
     basis : Basis
+
+    Returns
+    -------
+    Signal
+        ``squares`` is NaN for voxels without variance in time.
+    """
+    n = basis.totals[-1]
+    centred = _shifted(sums, basis.totals, -sums.products[-1] / n)
+    level = sums.shift + sums.products[-1] / n
+    rounding = n * (NO_VARIANCE * np.maximum(np.abs(level), np.abs(sums.shift))) ** 2
+    flat = centred.squares <= rounding
+    return Signal(centred._replace(squares=np.where(flat, np.nan, centred.squares)), level, rounding)
+
+
+@_quiet
+def scale_signal(signal: Signal, basis: Basis, gain: Floats, offset: Floats) -> Signal:
+    """Scale the data to ``gain * y + offset``.
+
+    Parameters
+    ----------
+    signal : Signal
+        From :func:`remove_mean`.
+    basis : Basis
     gain, offset : ndarray, shape (V,)
 
     Returns
     -------
     Signal
-        All NaN for voxels without variance in time.
+        All NaN for voxels without variance in time. If the design spans no constant, nothing is left out of its
+        sums.
     """
-    T = basis.rows.shape[1]
-    with np.errstate(invalid="ignore", over="ignore"):
-        mean = temporal_mean(sums, T)
-        centred = _shifted(sums, basis, -sums.products[-1] / T)
-        level = gain * mean + offset
-        flat = centred.squares <= T * (NO_VARIANCE * np.maximum(np.abs(mean), np.abs(sums.shift))) ** 2
-        scaled = _scaled(centred, np.where(flat, np.nan, gain))
-        if basis.spans_constant:
-            return Signal(scaled, level)
-        return Signal(_shifted(scaled, basis, level), np.zeros_like(level))
+    level = gain * signal.level + offset
+    gain = np.where(np.isnan(signal.sums.squares), np.nan, gain)
+    products, squares, lagged, first, last, shift = signal.sums
+    scaled = Sums(
+        products * gain, squares * gain**2, lagged * gain**2, first * gain, last * gain, shift * gain
+    )
+    rounding = signal.rounding * gain**2
+    if basis.spans_constant:
+        return Signal(scaled, level, rounding)
+    return Signal(_shifted(scaled, basis.totals, level), np.zeros_like(level), rounding)
+
+
+# --------------------------------------------------------------------------------------------------- estimates
 
 
 class Fit(NamedTuple):
@@ -275,8 +342,9 @@ class Fit(NamedTuple):
     sigma2: Floats
 
 
+@_quiet
 def residual_lags(signal: Signal, basis: Basis) -> tuple[Floats, Floats]:
-    """Sums of squares and of lag-1 products of the least squares residuals, each of shape (V,).
+    """Sum the squares and the lag-1 products of the least squares residuals, each of shape (V,).
 
     ``r0 = s0 - c0'c0`` and ``r1 = s1 - c0'c1 + c0' diag(l) c0 / 2``.
     """
@@ -288,50 +356,61 @@ def residual_lags(signal: Signal, basis: Basis) -> tuple[Floats, Floats]:
     return r0, r1
 
 
+@_quiet
 def yule_walker(signal: Signal, basis: Basis) -> Floats:
-    """Lag-1 autocorrelation of the least squares residuals, r1 / r0, shape (V,); between -1 and 1."""
+    """Estimate the lag-1 autocorrelation of the residuals, r1 / r0, shape (V,); between -1 and 1.
+
+    NaN where there is no residual.
+    """
     r0, r1 = residual_lags(signal, basis)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(r0 > NO_RESIDUAL * signal.sums.squares, r1 / r0, np.nan)
+    return np.where(r0 > _rounding(signal, basis), r1 / r0, np.nan)
+
+
+def _rounding(signal: Signal, basis: Basis) -> Floats:
+    """Residual sum of squares that means nothing: what rounding of the samples and of the sums amounts to."""
+    limit: Floats = np.maximum(signal.rounding, NO_RESIDUAL * basis.totals[-1] * signal.sums.squares)
+    return limit
 
 
 def yule_walker_binned(signal: Signal, basis: Basis) -> Floats:
-    """The reference's coefficient: lag products by their numbers of terms, cut towards zero to steps of 1 / ``BINS``.
+    """Estimate the coefficient as the reference does.
 
-    Source: nilearn 0.14.1, ``run_glm``.
+    Lag products are divided by their numbers of terms, and the quotient cut towards zero to steps of
+    1 / ``BINS``. Source: nilearn 0.14.1, ``run_glm``.
     """
     T = basis.rows.shape[1]
     rho: Floats = np.trunc(yule_walker(signal, basis) * T / (T - 1) * BINS) / BINS
     return rho
 
 
+@_quiet
 def fit_ar1(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
-    """Generalised least squares with the AR(1) coefficient of each voxel; ``rho = 0`` is ordinary least squares.
+    """Fit by generalised least squares, with the AR(1) coefficient of each voxel.
 
     Parameters
     ----------
     signal : Signal
     basis : Basis
     rho : ndarray, shape (V,)
+        0 is ordinary least squares.
     dof : int
         Divisor of the residual sum of squares.
 
     Returns
     -------
     Fit
-        ``sigma2`` is NaN where the residual has no correct digit.
+        ``sigma2`` is NaN where the residual is rounding.
     """
     r = basis.rank
     sums = signal.sums
     c0, c1 = sums.products[:r], sums.products[r : 2 * r]
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        rhs = (1 + rho**2) * c0 - rho * c1 - rho**2 * basis.last[:, None] * sums.last
-        total = (1 + rho**2) * sums.squares - 2 * rho * sums.lagged - rho**2 * sums.last**2
-        coordinates = _solve(basis, rho, rhs)
-        residual = total - np.einsum("rv,rv->v", coordinates, rhs)
-        residual = np.where(residual > NO_RESIDUAL * total, residual, np.nan)
-        coordinates += basis.ones[:r, None] * signal.level
-        return Fit(basis.to_beta @ coordinates, residual / dof)
+    rhs = (1 + rho**2) * c0 - rho * c1 - rho**2 * basis.last[:, None] * sums.last
+    total = (1 + rho**2) * sums.squares - 2 * rho * sums.lagged - rho**2 * sums.last**2
+    coordinates = _solve(basis, rho, rhs)
+    residual = total - np.einsum("rv,rv->v", coordinates, rhs)
+    residual = np.where(residual > _rounding(signal, basis), residual, np.nan)
+    coordinates += basis.totals[:r, None] * signal.level
+    return Fit(basis.to_beta @ coordinates, residual / dof)
 
 
 def _solve(basis: Basis, rho: Floats, rhs: Floats) -> Floats:
@@ -339,18 +418,19 @@ def _solve(basis: Basis, rho: Floats, rhs: Floats) -> Floats:
     D = (1 + rho**2) - rho * basis.lag[:, None]
     out: Floats = rhs / D
     tail = basis.last[:, None] / D
-    rho2 = rho**2
-    out += tail * (rho2 * np.einsum("r,rv->v", basis.last, out) / (1 - rho2 * np.einsum("r,rv->v", basis.last, tail)))
+    correction = rho**2 * np.einsum("r,rv->v", basis.last, out)
+    out += tail * (correction / (1 - rho**2 * np.einsum("r,rv->v", basis.last, tail)))
     return out
 
 
 def contrast_variance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
-    """Variance of a contrast in units of sigma2: ``c' (X' W'W X)^+ c``.
+    """Compute the variance of a contrast in units of sigma2: ``c' (X' W'W X)^+ c``.
 
     Parameters
     ----------
     basis : Basis
     weights : ndarray, shape (P,)
+        Of a contrast that the design can estimate.
     rho : ndarray, any shape
 
     Returns
@@ -370,6 +450,9 @@ def contrast_variance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
         mixed += v_i * q_i * inverse
         tail += q_i * q_i * inverse
     return direct + rho2 * mixed**2 / (1 - rho2 * tail)
+
+
+# ----------------------------------------------------------------------------------------------------- one run
 
 
 class Model(NamedTuple):
@@ -396,13 +479,44 @@ class Model(NamedTuple):
     reference_rules: bool
 
 
+class Estimates(NamedTuple):
+    """What is estimated at V voxels.
+
+    Attributes
+    ----------
+    beta : ndarray, shape (P, V)
+        Regression coefficients.
+    sigma2 : ndarray, shape (V,)
+        Variance of the innovations.
+    rho : ndarray, shape (V,)
+        AR coefficient that was used, 0 for ordinary least squares.
+    n_unscaled : int
+        Voxels with variance in time that are NaN because the mean that percent refer to is 0 or less.
+    """
+
+    beta: Floats
+    sigma2: Floats
+    rho: Floats
+    n_unscaled: int
+
+
+@_quiet
 def gain_and_offset(mean: Floats, model: Model, run_mean: float) -> tuple[Floats, Floats]:
-    """The linear scaling of each voxel: the signal becomes ``gain * y + offset``.
+    """Find the linear scaling of each voxel: the signal becomes ``gain * y + offset``.
+
+    Parameters
+    ----------
+    mean : ndarray, shape (V,)
+        Temporal mean of each voxel.
+    model : Model
+    run_mean : float
+        Mean over the mask and time.
 
     Returns
     -------
     gain, offset : ndarray, shape (V,)
-        NaN where the level that percent refer to is 0 or less (under the reference's rules there is no such level).
+        ``gain`` is NaN where the mean that percent refer to is 0 or less (under the reference's rules, no mean
+        counts as less than 1).
     """
     if model.scaling == "none":
         return np.ones_like(mean), np.zeros_like(mean)
@@ -411,15 +525,39 @@ def gain_and_offset(mean: Floats, model: Model, run_mean: float) -> tuple[Floats
     return 100 / level, np.full_like(mean, -100.0)
 
 
-def mean_voxels(blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], model: Model) -> Floats:
-    """Temporal mean of each voxel over the blocks of a run, shape (1, V)."""
-    sums = accumulate(blocks, model.basis, voxels, finite=model.reference_rules)
-    return temporal_mean(sums, model.basis.rows.shape[1])[None]
+@_quiet
+def mean_voxels(blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
+    """Average each voxel over the blocks of a run.
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray, shape (n, ...)
+        Consecutive volumes.
+    voxels : ndarray of int, shape (V,)
+        Numbers of the voxels in a raveled volume.
+    finite : bool
+        Count non-finite values as 0.
+
+    Returns
+    -------
+    ndarray, shape (1, V)
+    """
+    total = np.zeros((1, len(voxels)))
+    n = 0
+    for block in blocks:
+        flat = block.reshape(len(block), -1)
+        for start in range(0, len(voxels), VOXEL_TILE):
+            tile = slice(start, start + VOXEL_TILE)
+            total[0, tile] += _samples(flat, voxels[tile], finite=finite).sum(axis=0)
+        n += len(block)
+        del block, flat
+    return total / n
 
 
+@_quiet
 def fit_voxels(
     blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], model: Model, run_mean: float = np.nan
-) -> Floats:
+) -> Estimates:
     """Fit a run at some voxels, in one pass over its blocks.
 
     Parameters
@@ -434,29 +572,29 @@ def fit_voxels(
 
     Returns
     -------
-    ndarray, shape (P + 2, V), float64
-        Coefficients, innovation variance, and the AR coefficient that was used (0 for OLS).
+    Estimates
     """
     basis = model.basis
+    V = len(voxels)
     sums = accumulate(blocks, basis, voxels, finite=model.reference_rules)
-    out = np.empty((len(basis.to_beta) + 2, len(voxels)))
-    for start in range(0, len(voxels), VOXEL_TILE):
+    beta, sigma2, rho = np.empty((len(basis.to_beta), V)), np.empty(V), np.zeros(V)
+    n_unscaled = 0
+    for start in range(0, V, VOXEL_TILE):
         # In tiles, because solving needs several times the memory of the sums.
         tile = slice(start, start + VOXEL_TILE)
-        part = Sums(*(values[..., tile] for values in sums))
-        gain, offset = gain_and_offset(temporal_mean(part, basis.rows.shape[1]), model, run_mean)
-        signal = scale_signal(part, basis, gain, offset)
-        rho = np.zeros_like(gain)
+        data = remove_mean(sums.tile(start), basis)
+        gain, offset = gain_and_offset(data.level, model, run_mean)
+        n_unscaled += int((np.isnan(gain) & ~np.isnan(data.sums.squares)).sum())
+        signal = scale_signal(data, basis, gain, offset)
         if model.autoregressive:
             estimate = yule_walker_binned if model.reference_rules else yule_walker
-            rho = estimate(signal, basis)
-        fit = fit_ar1(signal, basis, rho, model.dof)
-        out[:-2, tile], out[-2, tile], out[-1, tile] = fit.beta, fit.sigma2, rho
-    return out
+            rho[tile] = estimate(signal, basis)
+        beta[:, tile], sigma2[tile] = fit_ar1(signal, basis, rho[tile], model.dof)
+    return Estimates(beta, sigma2, rho, n_unscaled)
 
 
 def reference_rank(design: Floats) -> int:
-    """Rank by the reference's rule: singular values above ``eps`` times the sum of all absolute entries.
+    """Find the rank by the reference's rule: singular values above ``eps`` times the sum of all absolute entries.
 
     Source: nilearn 0.14.1, ``OLSModel.df_resid``.
     """

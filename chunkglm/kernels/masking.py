@@ -1,8 +1,8 @@
 """The mask of the brain from the temporal mean of an EPI run.
 
-The histogram of an EPI mean has a gap between background and brain. The threshold lies in the middle of the largest step
-between neighbouring sorted values, among the quantiles .2 to .85; then erosion, largest component, dilation, erosion. It is
-the algorithm of the reference (nilearn 0.14.1, ``compute_epi_mask``).
+The histogram of an EPI mean has a gap between background and brain. The threshold lies in the middle of the
+largest step between neighbouring sorted values, among the quantiles .2 to .85; then erosion, largest component,
+dilation, erosion. It is the algorithm of the reference (nilearn 0.14.1, ``compute_epi_mask``).
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ def epi_mask(mean: NDArray[Any]) -> NDArray[np.bool_]:
     Parameters
     ----------
     mean : ndarray, shape (z, y, x)
-        Temporal mean of the unsmoothed run; non-finite values count as 0.
+        Temporal mean of the unsmoothed run; non-finite values count as 0, and NaN is outside.
 
     Returns
     -------
     ndarray of bool, shape (z, y, x)
         All False where nothing was found.
     """
-    image = np.where(np.isfinite(mean), mean, 0).astype(np.float64)
     # A width of one voxel, whatever the voxel size.
+    image = np.asarray(np.where(np.isfinite(mean), mean, 0), dtype=np.float64)
     image = smooth_volume(image, sigma_voxels(1.0, (1.0, 1.0, 1.0)))
+    image[np.isnan(mean)] = 0
     mask = image >= _threshold(np.sort(image, axis=None))
     mask = ndimage.binary_erosion(mask, iterations=OPENING)
     if mask.any():

@@ -1,7 +1,8 @@
 """Gaussian smoothing of volumes.
 
-Along each axis in turn a Gaussian of standard deviation ``fwhm / (sqrt(8 ln 2) * voxel size)`` voxels is applied, cut off
-at four standard deviations, with the volume reflected at its borders. Nothing is normalised by a mask.
+Along each axis in turn a Gaussian of standard deviation ``fwhm / (sqrt(8 ln 2) * voxel size)`` voxels is
+applied, cut off at four standard deviations, with the volume reflected at its borders. Nothing is normalised by
+a mask.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def sigma_voxels(fwhm: float, sizes: Sequence[float]) -> tuple[float, ...]:
-    """Standard deviation of the smoothing kernel in voxels.
+    """Find the standard deviation of the smoothing kernel in voxels.
 
     Parameters
     ----------
@@ -47,8 +48,8 @@ def smooth_volume(volume: NDArray[Any], sigma_zyx: Sequence[float]) -> NDArray[A
     Returns
     -------
     ndarray, shape (z, y, x)
-        float64 for float64 and 64-bit integers, else float32. Between the axes values are rounded to that dtype, and x
-        comes first, as in the reference (nilearn 0.14.1, ``smooth_img``).
+        float64 for float64 and 64-bit integers, else float32. Between the axes values are rounded to that
+        dtype, and x comes first, as in the reference (nilearn 0.14.1, ``smooth_img``).
     """
     kind, size = volume.dtype.kind, volume.dtype.itemsize
     out = volume.astype(np.float64 if size == 8 else np.float32)

@@ -1,0 +1,21 @@
+"""The benchmarks run, at toy size, so that none rots."""
+
+import pytest
+
+from benchmarks import memory, store_layouts
+from chunkglm.testing import write_simulated_run
+
+
+def test_store_layouts__prints_a_table_for_every_layout(tmp_path, capsys):
+    write_simulated_run(tmp_path / "run.nii.gz", shape=(12, 14, 10), n_volumes=40)
+    store_layouts.main([str(tmp_path / "run.nii.gz"), "--repeats", "1"])
+    out = capsys.readouterr().out
+    for name in store_layouts.layouts((40, 10, 14, 12)):
+        assert out.count(f"| {name} |") == 2
+
+
+def test_memory__prints_a_row_for_every_job(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("resource", reason="peak memory is measured on systems with getrusage")
+    monkeypatch.setattr(memory, "CACHE", tmp_path)
+    memory.main(["--shape", "12", "14", "10", "--volumes", "40"])
+    assert capsys.readouterr().out.count("\n| ") == 6

@@ -1,0 +1,125 @@
+"""Arithmetic of chunks and memory."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkglm import convert, open_run, plan
+from chunkglm.errors import InputError, MemoryBudgetError
+from chunkglm.testing import write_simulated_run
+
+SHAPES = st.tuples(
+    st.integers(1, 5000), st.integers(1, 400), st.integers(1, 2000), st.one_of(st.integers(1, 2000), st.just(200_000))
+)
+ITEMSIZES = st.sampled_from([1, 2, 4, 8])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (1024, 1024),
+        ("1024", 1024),
+        ("1B", 1),
+        ("1K", 1024),
+        ("1kB", 1024),
+        ("1KiB", 1024),
+        ("512MiB", 512 * 2**20),
+        ("512 mib", 512 * 2**20),
+        (" 2 GiB ", 2 * 2**30),
+        ("1.5G", 3 * 2**29),
+        ("0.25 MiB", 2**18),
+        ("1TiB", 2**40),
+    ],
+)
+def test_parse_memory(text, expected):
+    assert plan.parse_memory(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "much", "0", 0, -1, "-1GiB", "0.4", "1e9", "1,5G", "1 PiB", "GiB", "1 2", "inf", "nan", None, True, "9" * 400],
+)
+def test_parse_memory_refuses(text):
+    with pytest.raises(InputError, match="512MiB"):
+        plan.parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * 2**20, "1.5 GiB"), (300 * 2**20, "300 MiB"), (2**51, "2048.0 TiB")],
+)
+def test_format_bytes(n, text):
+    assert plan.format_bytes(n) == text
+
+
+@settings(max_examples=300)
+@given(SHAPES, ITEMSIZES)
+def test_chunks_fit_the_run_and_the_bounds(shape, itemsize):
+    chunks = plan.bold_chunks(shape, itemsize)
+    assert all(1 <= length <= n for length, n in zip(chunks, shape, strict=True))
+    assert math.prod(chunks) * itemsize <= plan.CHUNK_BYTES or math.prod(chunks) == 1
+    block = chunks.time * math.prod(shape[1:]) * itemsize
+    assert block <= plan.TIME_BLOCK_BYTES or chunks.time == 1
+    assert chunks.time <= plan.TIME_BLOCK
+    assert chunks.z <= plan.SLAB
+    # Slices stay whole unless one of them is too much.
+    if chunks.time * shape[2] * shape[3] * itemsize <= plan.CHUNK_BYTES:
+        assert (chunks.y, chunks.x) == shape[2:]
+
+
+def test_chunks_of_usual_runs():
+    assert plan.bold_chunks((284, 91, 109, 91), 2) == (32, 16, 109, 91)
+    assert plan.bold_chunks((78, 35, 80, 80), 2) == (32, 16, 80, 80)
+    assert plan.bold_chunks((121, 1, 20, 40), 2) == (32, 1, 20, 40)
+    assert plan.bold_chunks((5, 3, 4, 2), 4) == (5, 3, 4, 2)
+
+
+def test_chunks_do_not_depend_on_memory(tmp_path):
+    source = tmp_path / "run.nii"
+    write_simulated_run(source, shape=(20, 22, 18), n_volumes=40)
+    chunks = []
+    for memory in ("64MiB", "8GiB"):
+        convert(source, tmp_path / f"{memory}.zarr", memory=memory)
+        chunks.append(open_run(tmp_path / f"{memory}.zarr")["bold"].chunks)
+    assert chunks[0] == chunks[1] == ((32, 8), (16, 2), (22,), (20,))
+
+
+@settings(max_examples=200)
+@given(SHAPES, ITEMSIZES, st.integers(1, 64), st.booleans())
+def test_projected_memory_holds_the_blocks_and_grows_with_threads(shape, itemsize, n_threads, smooth):
+    stored = 4 if smooth else itemsize
+    needed = plan.convert_memory(shape, itemsize, stored, n_threads, smooth=smooth)
+    chunks = plan.bold_chunks(shape, stored)
+    voxels = math.prod(shape[1:])
+    assert needed >= 2 * chunks.time * voxels * itemsize + 8 * voxels
+    assert needed >= plan.convert_memory(shape, itemsize, stored, n_threads - 1, smooth=smooth)
+    # It does not depend on the number of volumes beyond a block.
+    longer = (shape[0] + 10_000, *shape[1:])
+    longest = (shape[0] + 20_000, *shape[1:])
+    assert plan.convert_memory(longer, itemsize, stored, n_threads, smooth=smooth) == plan.convert_memory(
+        longest, itemsize, stored, n_threads, smooth=smooth
+    )
+
+
+@given(st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 64))
+def test_threads_within_a_budget(memory, fixed, per_thread, wanted):
+    if fixed + per_thread > memory:
+        with pytest.raises(MemoryBudgetError, match="memory") as caught:
+            plan.threads_within(memory, fixed, per_thread, wanted, "Fitting")
+        assert plan.format_bytes(memory) in str(caught.value)
+        assert plan.format_bytes(fixed + per_thread) in str(caught.value)
+        return
+    n = plan.threads_within(memory, fixed, per_thread, wanted, "Fitting")
+    assert 1 <= n <= wanted
+    assert fixed + n * per_thread <= memory
+    assert n == wanted or fixed + (n + 1) * per_thread > memory
+
+
+def test_fit_memory_counts_the_decoded_block():
+    chunks = plan.Chunks(32, 16, 80, 80)
+    voxels = 16 * 80 * 80
+    assert plan.fit_memory_per_thread(chunks, 2, 10) > 32 * voxels * (8 + 2)
+    assert np.diff([plan.fit_memory_per_thread(chunks, 2, p) for p in (5, 10, 20)]).min() > 0
