@@ -23,8 +23,9 @@ from chunkglm._version import __version__
 from chunkglm.cluster import return_freed_memory, stage, threads
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
-from chunkglm.design import contrast_name, parse_definition, read_column_names, read_design
+from chunkglm.design import read_column_names, read_design
 from chunkglm.errors import ChunkGLMError, ChunkGLMWarning, InputError, StoreExistsError
+from chunkglm.expressions import contrast_name, parse_definition
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit as fit_runs
 from chunkglm.maps import export_maps

@@ -11,8 +11,9 @@ import numpy as np
 import xarray as xr
 
 from chunkglm.blocks import map_rows, single_blas_thread, stack
-from chunkglm.design import contrast_weights, is_estimable
+from chunkglm.design import is_estimable
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvailableError
+from chunkglm.expressions import contrast_weights
 from chunkglm.glm import designs_of
 from chunkglm.kernels import distributions
 from chunkglm.kernels.glm import Basis, contrast_variance, make_basis
@@ -21,6 +22,7 @@ from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
     from numpy.typing import NDArray
 
     Definition = str | Sequence[float] | NDArray[Any]
@@ -134,13 +136,45 @@ def _take_apart(fit: xr.Dataset) -> _Parts:
     small = [name for name in ("dof", "design", "column", "n_volumes") if name in fit]
     fit = fit.assign(fit[small].compute().data_vars)
     regressors = [str(name) for name in fit["regressor"].to_numpy()]
-    designs = []
-    with single_blas_thread():
-        for frame in designs_of(fit):
-            X = frame.to_numpy(dtype=np.float64)
-            columns = list(frame.columns)
-            designs.append(_Design(X, columns, [regressors.index(name) for name in columns], make_basis(X)))
+    designs = [_design_of(frame, regressors) for frame in designs_of(fit)]
     return _Parts(fit, regressors, designs, voxel_dims, fit["dof"].to_numpy().astype(np.float64))
+
+
+def _design_of(frame: pd.DataFrame, regressors: list[str]) -> _Design:
+    X = frame.to_numpy(dtype=np.float64)
+    columns = [str(name) for name in frame.columns]
+    with single_blas_thread():
+        return _Design(X, columns, [regressors.index(name) for name in columns], make_basis(X))
+
+
+def check_contrast(definition: Definition, designs: Sequence[pd.DataFrame], name: str) -> None:
+    """Refuse a contrast that no run could estimate, before anything is fitted.
+
+    Parameters
+    ----------
+    definition : str or vector
+        As :func:`contrast` takes it.
+    designs : sequence of DataFrame
+        Design matrices of the runs.
+    name : str
+        Of the contrast, for messages.
+
+    Raises
+    ------
+    ContrastError, NotAvailableError
+    """
+    regressors = list(dict.fromkeys(str(column) for design in designs for column in design.columns))
+    parts = [_design_of(design, regressors) for design in designs]
+    weights = _weights_by_name(definition, regressors, parts, name)
+    _refuse_if_nowhere(weights, [_weights_of_run(weights, design) for design in parts], name)
+
+
+def _refuse_if_nowhere(weights: dict[str, float], run_weights: list[Any], title: str) -> None:
+    if all(w is None for w in run_weights):
+        raise ContrastError(
+            f"The contrast {title!r} cannot be estimated in any run: a regressor is missing or constant zero, or the "
+            f"design cannot tell the regressors apart. The weights are {weights}."
+        )
 
 
 def _shown(definition: Definition) -> str | list[float]:
@@ -152,16 +186,12 @@ def _shown(definition: Definition) -> str | list[float]:
 
 def _contrast(parts: _Parts, definition: Definition, name: str | None) -> xr.Dataset:
     fit, designs = parts.fit, parts.designs
-    weights = _weights_by_name(definition, parts, name)
+    weights = _weights_by_name(definition, parts.regressors, designs, name)
     title = name or (definition if isinstance(definition, str) else "the contrast")
     run_weights = [_weights_of_run(weights, design) for design in designs]
     labels = [str(label) for label in fit["run"].to_numpy()]
     lacking = [label for label, w in zip(labels, run_weights, strict=True) if w is None]
-    if len(lacking) == len(designs):
-        raise ContrastError(
-            f"The contrast {title!r} cannot be estimated in any run: a regressor is missing or constant zero, or the "
-            f"design cannot tell the regressors apart. The weights are {weights}."
-        )
+    _refuse_if_nowhere(weights, run_weights, title)
     if lacking:
         warnings.warn(
             f"The contrast {title!r} cannot be estimated in run {', '.join(lacking)}, where a regressor is missing or "
@@ -192,12 +222,15 @@ def _contrast(parts: _Parts, definition: Definition, name: str | None) -> xr.Dat
     return add_statistics(ds)
 
 
-def _weights_by_name(definition: Definition, parts: _Parts, name: str | None) -> dict[str, float]:
+def _weights_by_name(
+    definition: Definition, regressors: list[str], designs: list[_Design], name: str | None
+) -> dict[str, float]:
     """Find the non-zero weights of a contrast, by regressor."""
-    weights = contrast_weights(definition, parts.regressors, name=name)
+    weights = contrast_weights(definition, regressors, name=name)
     if not isinstance(definition, str):
-        length = np.asarray(definition).shape[-1]
-        orders = {tuple(design.columns[:length]) for design in parts.designs}
+        # Regressors behind the last weight need not agree.
+        length = int(np.flatnonzero(weights)[-1]) + 1
+        orders = {tuple(design.columns[:length]) for design in designs}
         if len(orders) > 1:
             first, second = (str(list(order)) for order in sorted(orders)[:2])
             raise ContrastError(
@@ -205,7 +238,7 @@ def _weights_by_name(definition: Definition, parts: _Parts, name: str | None) ->
                 f"have them in another order: {first} and {second}. Give an expression over names instead, such as "
                 "'face - house'."
             )
-    return {regressor: float(w) for regressor, w in zip(parts.regressors, weights, strict=True) if w != 0}
+    return {regressor: float(w) for regressor, w in zip(regressors, weights, strict=True) if w != 0}
 
 
 def _weights_of_run(weights: dict[str, float], design: _Design) -> NDArray[np.float64] | None:
@@ -264,8 +297,8 @@ def add_statistics(ds: xr.Dataset) -> xr.Dataset:
     Dataset
     """
     by_reference = ds.attrs.get("compat") == "nilearn"
-    effect, variance, dof = ds["effect"], ds["variance"], ds["dof"].astype(np.float64)
-    options: dict[str, Any] = {"dask": "parallelized", "output_dtypes": [np.float64], "join": "exact"}
+    effect, variance, dof = (ds[name].variable for name in ("effect", "variance", "dof"))
+    options: dict[str, Any] = {"dask": "parallelized", "output_dtypes": [np.float64], "keep_attrs": False}
     stat = xr.apply_ufunc(_t_by_reference if by_reference else _t, effect, variance, **options)
     z_of = distributions.t_z_score_clipped if by_reference else distributions.t_z_score
     ds = ds.assign(

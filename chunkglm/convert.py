@@ -94,7 +94,7 @@ def convert(
             chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
-            process = _smoother(reader, smoothing_fwhm, pool)
+            process = _smoother(reader, smoothing_fwhm, chunks.time, pool)
             mean = _stream(reader, writer, chunks, process, pool=pool, progress=progress)
             found = epi_mask(mean) if given_mask is None else given_mask
             if not found.any():
@@ -182,13 +182,14 @@ def _processing(fwhm: float | None) -> list[str]:
 
 
 def _smoother(
-    reader: RunReader, fwhm: float | None, pool: ThreadPoolExecutor
+    reader: RunReader, fwhm: float | None, length: int, pool: ThreadPoolExecutor
 ) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Make the function from a block of stored values to the block to keep."""
+    """Make the function from a block of stored values to the block to keep, which is valid until the next."""
     if fwhm is None:
         return lambda block: block
     header = reader.header
     sigma = sigma_voxels(fwhm, nifti.voxel_sizes(header.affine)[::-1].tolist())
+    smoothed = np.empty((length, *reader.shape[1:]), dtype=np.float32)
 
     def smooth(volume: NDArray[Any], out: NDArray[np.float32]) -> None:
         values = volume.astype(np.float64) * header.slope + header.intercept if header.scaled else volume
@@ -196,7 +197,7 @@ def _smoother(
             out[...] = smooth_volume(values, sigma)
 
     def smooth_block(block: NDArray[Any]) -> NDArray[Any]:
-        out = np.empty(block.shape, dtype=np.float32)
+        out = smoothed[: len(block)]
         for _ in pool.map(smooth, block, out):
             pass
         return out
@@ -232,7 +233,6 @@ def _stream(
             slabs = [pool.submit(write_slab, start, kept, z) for z in range(0, n_z, chunks.z)]
             for slab in slabs:
                 slab.result()
-            del kept  # or the next block would be made beside it
             if progress is not None:
                 progress(start + len(block), n_time)
     mean: NDArray[np.float64] = total / n_time * reader.header.slope + reader.header.intercept

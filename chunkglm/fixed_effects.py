@@ -81,7 +81,7 @@ def fixed_effects(
         reference_rules=contrasts.attrs.get("compat") == "nilearn",
     )
     rows = map_rows(combine, *(array.data for array in arrays), n_rows=4)
-    one = arrays[0].isel({dim: 0}, drop=True)
+    one = arrays[0].isel({dim: 0}, drop=True).drop_attrs(deep=False)
     ds = xr.Dataset({name: one.copy(data=rows[row]) for row, name in enumerate((*COMBINED, "n_runs"))})
     if "weights" in contrasts and dim not in contrasts["weights"].dims:
         ds["weights"] = contrasts["weights"]
@@ -116,7 +116,7 @@ def _lacks(dof: xr.DataArray, dim: Hashable) -> NDArray[np.bool_]:
     """Tell which runs (and which of several contrasts there) have no degrees of freedom, shape (R, ...)."""
     voxel_dims = [other for other in dof.dims if other not in (dim, "contrast")]
     if voxel_dims and dof.chunks is not None:
-        # Maps are not computed for the sake of a warning.
+        # A number for each run is read, but maps are not computed for the sake of a warning.
         return np.zeros(dof.sizes[dim], dtype=bool)
     lacks: NDArray[np.bool_] = ~dof.notnull().any(voxel_dims).transpose(dim, ...).to_numpy()
     return lacks

@@ -109,7 +109,12 @@ def fit(
     NotAvailableError
         For noise models and options that are not there yet.
     """
-    _check_options(noise_model, signal_scaling, sample_masks, compat)
+    check_options(noise_model, signal_scaling, compat)
+    if sample_masks is not None:
+        raise NotAvailableError(
+            "Censoring by sample_masks is not available in this version. Add a column to the design for each volume "
+            "to be censored, 1 there and 0 elsewhere: with noise_model='ols' that is the same."
+        )
     run_of = label_runs(runs)
     design_of = _label_designs(designs, run_of)
     regressors = list(dict.fromkeys(name for design in design_of.values() for name in design.columns))
@@ -133,9 +138,13 @@ def fit(
     return annotate(ds, FIT)
 
 
-def _check_options(
-    noise_model: str, signal_scaling: str | None, sample_masks: object, compat: str | None
-) -> None:
+def check_options(noise_model: str, signal_scaling: str | None, compat: str | None) -> None:
+    """Refuse options of :func:`fit` that do not exist, or not yet.
+
+    Raises
+    ------
+    InputError, NotAvailableError
+    """
     if noise_model not in NOISE_MODELS:
         order = str(noise_model).removeprefix("ar")
         if noise_model == "auto" or (order.isdecimal() and int(order) > 1):
@@ -146,11 +155,6 @@ def _check_options(
     if signal_scaling not in SCALINGS:
         raise InputError(
             f"There is no signal scaling {signal_scaling!r}; accepted are 'voxel', 'run' and None."
-        )
-    if sample_masks is not None:
-        raise NotAvailableError(
-            "Censoring by sample_masks is not available in this version. Add a column to the design for each volume "
-            "to be censored, 1 there and 0 elsewhere: with noise_model='ols' that is the same."
         )
     if compat not in (None, "nilearn"):
         raise InputError(f"There is no compat {compat!r}; accepted are None and 'nilearn'.")

@@ -25,12 +25,12 @@ from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
 from chunkglm.cluster import stage, threads
-from chunkglm.contrasts import contrast
+from chunkglm.contrasts import check_contrast, contrast
 from chunkglm.convert import convert
-from chunkglm.design import as_design, contrast_weights, read_design
+from chunkglm.design import as_design, read_design
 from chunkglm.errors import InputError, StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
-from chunkglm.glm import fit
+from chunkglm.glm import check_options, fit
 from chunkglm.maps import peak, write_json, write_maps
 from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, SPACE, canonical_json
 
@@ -102,10 +102,15 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
     started = time.monotonic()
     designs = _check_inputs(job)
     previous = _previous(job.output)
-    hashes = [_sha256(run) for run in job.runs] if previous or (job.output / "runs.zarr").exists() else None
-    if previous and hashes and previous.get("key") == _job_key(job, designs, hashes):
+    hashes = (
+        [nifti.source_sha256(run) for run in job.runs]
+        if previous or (job.output / "runs.zarr").exists()
+        else None
+    )
+    current = bool(previous and hashes and previous.get("key") == _job_key(job, designs, hashes))
+    if previous and current and _is_there(job, previous):
         return Summary(True, previous["outputs"], previous["peaks"], time.monotonic() - started, None)
-    _check_output(job, previous)
+    _check_output(job, previous, current=current)
     runs = _convert_all(job, hashes, console, quiet=quiet)
     sources = [run.attrs["source_sha256"] for run in runs.values()]
     with threads(_fit_threads(job, runs, designs)):
@@ -125,6 +130,8 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
 
 def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
     """Everything that can be known before the data is read; returns the designs by run label."""
+    check_options(job.noise_model, job.signal_scaling, job.compat)
+    plan.parse_memory(job.memory)
     if len(job.designs) != len(job.runs):
         raise InputError(
             f"There are {len(job.runs)} runs and {len(job.designs)} designs. Give --design once for each run, in their order."
@@ -143,10 +150,8 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
                 "that they belong together, in this order."
             )
         designs[str(number)] = as_design(design, n_volumes=n_volumes, run=str(number))
-    regressors = list(dict.fromkeys(name for design in designs.values() for name in design.columns))
     for name, definition in job.contrasts.items():
-        if isinstance(definition, str):
-            contrast_weights(definition, regressors, name=name)
+        check_contrast(definition, list(designs.values()), name)
     return designs
 
 
@@ -168,15 +173,20 @@ def _previous(output: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else {}
 
 
-def _check_output(job: Job, previous: dict[str, Any] | None) -> None:
+def _is_there(job: Job, previous: dict[str, Any]) -> bool:
+    """Whether every map of a finished job is still in its place."""
+    return all(_inside(job.output, name).is_file() for name in previous["outputs"])
+
+
+def _check_output(job: Job, previous: dict[str, Any] | None, *, current: bool) -> None:
     if job.overwrite:
         return
-    if previous is not None:
+    if previous is not None and not current:
         raise StoreExistsError(
             f"{job.output} holds the result of another job (other data, designs, contrasts or options). Choose another "
             "--output, or say --overwrite."
         )
-    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data"}
+    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data", PROVENANCE}
     strangers = (
         [entry.name for entry in job.output.iterdir() if entry.name not in known]
         if job.output.is_dir()
@@ -222,7 +232,7 @@ def _fit_key(job: Job, designs: Mapping[str, pd.DataFrame], sources: Sequence[st
         ]
         for label, design in designs.items()
     ]
-    mask = None if job.mask is None else _sha256(job.mask)
+    mask = None if job.mask is None else nifti.source_sha256(job.mask)
     options = [job.t_r, job.smoothing_fwhm, job.noise_model, job.signal_scaling, job.compat]
     return _key([FORMAT_VERSION, NUMERICAL_VERSION, list(sources), mask, content, options])
 
@@ -319,7 +329,7 @@ def _write_all(
     total, done = len(job.contrasts) * (len(runs) + 1), 0
     with stage(console, "Writing maps", "contrasts", quiet=quiet) as progress:
         for name, definition in job.contrasts.items():
-            lazy = contrast(fitted, definition)
+            lazy = contrast(fitted, {name: definition}).isel(contrast=0, drop=True)
             combined = fixed_effects(lazy, precision_weighted=job.precision_weighted)
             entries: list[tuple[str | None, xr.Dataset, list[str]]] = [(None, combined, inputs)]
             entries += [
@@ -376,7 +386,7 @@ def _provenance(
             "memory": job.memory,
             "n_threads": job.n_threads,
         },
-        "mask": None if job.mask is None else {"path": job.mask, "sha256": _sha256(job.mask)},
+        "mask": None if job.mask is None else {"path": job.mask, "sha256": nifti.source_sha256(job.mask)},
         "runs": [
             {
                 "label": label,

@@ -9,7 +9,7 @@ import numpy as np
 
 from chunkglm import nifti
 from chunkglm._version import __version__
-from chunkglm.design import contrast_name
+from chunkglm.expressions import contrast_name
 from chunkglm.schema import SPACE
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def write_maps(
     """
     prefix = "" if run is None else f"run-{run}_"
     written = []
+    definitions = json.loads(maps.attrs["definition"])
     dof = maps["dof"].values[np.isfinite(maps["dof"].values)]
     for variable, suffix in MAPS.items():
         path = folder / f"{prefix}contrast-{name}_stat-{suffix}_statmap.nii.gz"
@@ -62,7 +63,7 @@ def write_maps(
         sidecar = {
             "Description": f"{MEANING[variable]}; {'fixed effects' if run is None else f'run {run}'}",
             "Contrast": name,
-            "Formula": json.loads(maps.attrs["definition"]),
+            "Formula": definitions.get(name, next(iter(definitions.values()))),
             "Weights": {
                 str(r): float(w)
                 for r, w in zip(maps["regressor"].values, maps["weights"].values, strict=True)

@@ -57,6 +57,9 @@ HEADER_LIMIT = 16 * 2**20
 VOXEL_LIMIT = 10**11
 """Values in an image beyond which a header is not believed."""
 
+PIECE = 2**20
+"""Bytes that are read from a file at a time."""
+
 DEFLATE_LIMIT = 1032
 """How many bytes one byte of a gzip file can stand for, at most."""
 
@@ -269,7 +272,8 @@ class _Hashing(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._raw.read(len(buffer))
+        # In pieces: what is read here exists twice.
+        data = self._raw.read(min(len(buffer), PIECE))
         buffer[: len(data)] = data
         self.add(data)
         return len(data)
@@ -280,7 +284,7 @@ class _Hashing(io.RawIOBase):
 
     def drain(self) -> None:
         """Read what is left, for the hash."""
-        while self.read(2**20):
+        while self.read(PIECE):
             pass
 
     def close(self) -> None:
@@ -294,8 +298,8 @@ def _gunzip(raw: _Hashing) -> IO[bytes]:
     try:
         from isal import igzip  # noqa: PLC0415  (optional, and only needed here)
     except ImportError:
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb"))
-    return cast("IO[bytes]", cast("Any", igzip).GzipFile(fileobj=io.BufferedReader(raw, 2**20), mode="rb"))
+        return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(raw, PIECE), mode="rb"))
+    return cast("IO[bytes]", cast("Any", igzip).GzipFile(fileobj=io.BufferedReader(raw, PIECE), mode="rb"))
 
 
 @cache
@@ -367,7 +371,8 @@ class RunReader:
         view = memoryview(cast("Any", block.reshape(-1).view(np.uint8)))
         done = 0
         try:
-            while done < len(view) and (got := cast("Any", self._stream).readinto(view[done:])):
+            # In pieces: decompressed bytes exist twice.
+            while got := cast("Any", self._stream).readinto(view[done : done + PIECE]):
                 done += got
         except _read_errors() as error:
             raise self._cut_off(start + done // self.header.volume_bytes, error) from error
@@ -378,7 +383,7 @@ class RunReader:
         """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file."""
         behind = 0
         try:
-            while rest := self._stream.read(2**20):
+            while rest := self._stream.read(PIECE):
                 behind += len(rest)
         except _read_errors() as error:
             raise self._cut_off(self.shape[0], error) from error
@@ -508,13 +513,12 @@ def _open_file(name: str) -> Iterator[RunReader]:
     raw = _Hashing(file)
     try:
         compressed = data_name.lower().endswith(".gz")
-        stream = _gunzip(raw) if compressed else cast("IO[bytes]", io.BufferedReader(raw, 2**20))
+        stream = _gunzip(raw) if compressed else cast("IO[bytes]", io.BufferedReader(raw, PIECE))
         try:
             if header_name == data_name:
                 header = _describe(_read_header(stream, name), name)
             else:
-                with _open_maybe_gzip(header_name) as header_file:
-                    header = _describe(header_file.read(HEADER_LIMIT), header_name)
+                header = _describe(_read_all(header_name, HEADER_LIMIT), header_name)
                 _skip(stream, header.data_offset, data_name)
         except ChunkGLMError:
             raise
@@ -579,9 +583,30 @@ def _open_binary(name: str) -> IO[bytes]:
         raise NiftiError(f"{name} cannot be opened: {error}. Check the name and your permissions.") from error
 
 
-def _open_maybe_gzip(name: str) -> IO[bytes]:
-    file = _open_binary(name)
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=file)) if name.lower().endswith(".gz") else file
+def source_sha256(name: str) -> str:
+    """Hash of the file that holds the data of an image, as a conversion records it.
+
+    Parameters
+    ----------
+    name : str
+        Path or URL; of a pair, either file.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Raises
+    ------
+    NiftiError, SourceNotFoundError
+    """
+    with _open_binary(_pair_names(name)[1]) as file:
+        return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
+
+
+def _read_all(name: str, limit: int) -> bytes:
+    with _open_binary(name) as file:
+        return gzip.GzipFile(fileobj=file).read(limit) if name.lower().endswith(".gz") else file.read(limit)
 
 
 def _read_header(stream: IO[bytes], name: str) -> bytes:
@@ -967,7 +992,7 @@ def source_packing(array: xr.DataArray | xr.Variable) -> Packing | None:
     return Packing(
         np.dtype(encoding["dtype"]).newbyteorder("="),
         float(encoding.get("scale_factor", 1.0)),
-        float(encoding.get("add_offset", 0.0)),
+        float(encoding.get("add_offset", 0.0)) + 0.0,
     )
 
 
@@ -1012,27 +1037,36 @@ def _volume_blocks(array: xr.DataArray, packing: Packing) -> Iterator[Array]:
 def _header_for(array: xr.DataArray, packing: Packing) -> tuple[Any, bytes]:
     """Make the header of an export and the bytes between it and the data."""
     affine = slice_affine(array)
-    shape = tuple(array.sizes[dim] for dim in (*SPACE[::-1], *reversed(array.dims[:-3])))
+    shape = _image_shape(array)
     raw = base64.b64decode(array.coords["grid"].attrs.get("header", ""))
-    is_signal = array.dims[-4:-3] == ("time",)
     source = _describe(raw, "the stored header") if raw else None
     header = parse_header(raw, "the stored header") if raw else _new_header()
-    tail = raw[header.sizeof_hdr :] if is_signal else b""
-    if source is not None and is_signal and _is_single(header):
-        stored = (source.shape, source.dtype.newbyteorder("="), source.slope, source.intercept)
-        if stored == (shape, *packing) and np.array_equal(source.affine, affine):
-            return header, tail
+    tail = raw[header.sizeof_hdr :] if _is_signal(array) else b""
+    whole = source is not None and _is_signal(array) and _holds(source, shape, packing, affine)
+    if whole and _is_single(header):
+        return header, tail
     header = _single_header(header, shape)
-    _set_values(
-        header, shape, packing, keep_timing=is_signal and source is not None and source.shape[2] == shape[2]
-    )
-    if source is None or not np.array_equal(source.affine, affine):
-        _set_affine(header, affine)
-    _set_time_step(header, array, source.t_r if source is not None else None)
+    if not whole:
+        _change_fields(header, array, packing, source)
     tail += b"\0" * max(4 - len(tail), 0)
     tail += b"\0" * (-(header.sizeof_hdr + len(tail)) % 16)
     header["vox_offset"] = header.sizeof_hdr + len(tail)
     return header, tail
+
+
+def _image_shape(array: xr.DataArray) -> tuple[int, ...]:
+    return tuple(array.sizes[dim] for dim in (*SPACE[::-1], *reversed(array.dims[:-3])))
+
+
+def _is_signal(array: xr.DataArray) -> bool:
+    """Whether the fourth dimension of the image is time."""
+    return array.dims[-4:-3] == ("time",)
+
+
+def _holds(source: Header, shape: tuple[int, ...], packing: Packing, affine: Array) -> bool:
+    """Whether the source's header is that of the array as well."""
+    stored = (source.shape, source.dtype.newbyteorder("="), source.slope, source.intercept)
+    return stored == (shape, *packing) and np.array_equal(source.affine, affine)
 
 
 def _new_header() -> Any:
@@ -1054,16 +1088,23 @@ def _single_header(header: Any, shape: tuple[int, ...]) -> Any:
     return new
 
 
-def _set_values(header: Any, shape: tuple[int, ...], packing: Packing, *, keep_timing: bool) -> None:
+def _change_fields(header: Any, array: xr.DataArray, packing: Packing, source: Header | None) -> None:
+    """Make the header of a source that of an array that is not the whole of it."""
+    affine, shape = slice_affine(array), _image_shape(array)
     header["dim"] = [len(shape), *shape, *[1] * (7 - len(shape))]
     header.set_data_dtype(packing.dtype)
     header["scl_slope"], header["scl_inter"] = packing.slope, packing.intercept
-    forgotten = ["cal_max", "cal_min"]
-    if not keep_timing:
+    forgotten = []
+    if not _is_signal(array) or source is None or source.shape[2] != shape[2]:
         forgotten += ["slice_code", "slice_start", "slice_end", "slice_duration"]
-        forgotten += ["intent_code", "intent_p1", "intent_p2", "intent_p3"]
+    if not _is_signal(array):
+        forgotten += ["cal_max", "cal_min", "intent_code", "intent_p1", "intent_p2", "intent_p3"]
+        header["intent_name"] = b""
     for field in forgotten:
         header[field] = 0
+    if source is None or not np.array_equal(source.affine, affine):
+        _set_affine(header, affine)
+    _set_time_step(header, array, source.t_r if source is not None else None)
 
 
 def _set_affine(header: Any, affine: Array) -> None:
@@ -1082,7 +1123,7 @@ def _set_affine(header: Any, affine: Array) -> None:
 def _set_time_step(header: Any, array: xr.DataArray, source_step: float | None) -> None:
     """Set the steps behind x, y, z: seconds if the fourth dimension is time in even steps, else 0 or 1."""
     n_other = array.ndim - 3
-    if array.dims[-4:-3] != ("time",):
+    if not _is_signal(array):
         header["pixdim"][4:] = [1.0] * n_other + [0.0] * (4 - n_other)
         return
     header["pixdim"][5:] = [1.0] * (n_other - 1) + [0.0] * (4 - n_other)

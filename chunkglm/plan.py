@@ -146,19 +146,19 @@ def convert_memory(
     -------
     int
         Bytes: while the run streams, two raw blocks (one is read while the other is stored), the smoothed block, the
-        sum over time, and for each thread the volumes that it smooths or the slab that it compresses; after that
-        the volumes that finding the mask needs. The larger of both.
+        sum over time, for each thread the volumes that it smooths and three copies of the slab that it compresses,
+        and what allocators keep, which was measured; after that the volumes that finding the mask needs. The larger
+        of both.
     """
     chunks = bold_chunks(shape, stored_itemsize)
     voxels = math.prod(shape[1:])
     block = chunks.time * voxels
     slab = chunks.time * chunks.z * shape[2] * shape[3]
-    smoothing = 3 * 8 * voxels if smooth else 0
-    per_thread = max(smoothing, 3 * slab * stored_itemsize)
-    smoothed = block * stored_itemsize if smooth else 0
-    streaming = 2 * block * itemsize + smoothed + 9 * voxels + n_threads * per_thread
+    smoothing = block * stored_itemsize + n_threads * 3 * 8 * voxels if smooth else 0
+    compressing = 3 * (n_threads + smooth) * slab * stored_itemsize
+    streaming = 2 * block * itemsize + 9 * voxels + smoothing + compressing
     masking = 8 * 8 * voxels
-    return max(streaming, masking) + 16 * MIB
+    return max(streaming, masking) + 32 * MIB
 
 
 def fit_memory_per_thread(chunks: Chunks, itemsize: int, n_regressors: int) -> int:

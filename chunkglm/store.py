@@ -574,9 +574,7 @@ class StoreWriter:
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
     """Codecs after the bytes: see ``benchmarks/README.md`` for why these."""
-    shuffle = "bitshuffle" if dtype.kind in "iu" else "shuffle"
-    blosc = BloscCodec(cname="lz4", clevel=1, shuffle=cast("Any", shuffle), typesize=dtype.itemsize)
-    return [blosc, Crc32cCodec()]
+    return [BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=dtype.itemsize), Crc32cCodec()]
 
 
 def _encoding(variable: xr.Variable, chunks: tuple[int, ...] | None) -> dict[str, Any]:
@@ -584,6 +582,9 @@ def _encoding(variable: xr.Variable, chunks: tuple[int, ...] | None) -> dict[str
     encoding: dict[str, Any] = {"compressors": _compressors(dtype)}
     if chunks is not None:
         encoding["chunks"] = chunks
+    if "scale_factor" in variable.attrs:
+        # With a fill value xarray decodes scaled float32 in float32, not in float64.
+        encoding["_FillValue"] = None
     return encoding
 
 
@@ -836,10 +837,9 @@ def _packed(variable: xr.Variable, packing: nifti.Packing) -> xr.Variable:
     data = (
         packing.pack(data) if variable.chunks is None else data.map_blocks(packing.pack, dtype=packing.dtype)
     )
-    scale = {"scale_factor": (packing.slope, 1.0), "add_offset": (packing.intercept, 0.0)}
-    # What changes nothing is left out: adding 0 would turn -0.0 into 0.0.
-    attrs = {key: value for key, (value, neutral) in scale.items() if value != neutral}
-    return xr.Variable(variable.dims, data, {**variable.attrs, **attrs})
+    # Adding 0.0 would turn -0.0 into 0.0, adding -0.0 does not.
+    scale = {"scale_factor": packing.slope, "add_offset": packing.intercept or -0.0}
+    return xr.Variable(variable.dims, data, {**variable.attrs, **scale})
 
 
 def _is_uniform(chunks: tuple[tuple[int, ...], ...]) -> bool:

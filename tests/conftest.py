@@ -30,6 +30,15 @@ def real_data():
     return pytest.skip(reason)
 
 
+@pytest.fixture
+def cluster():
+    """A cluster of two workers in this process, as the default scheduler; on any free ports."""
+    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+    options = {"n_workers": 2, "threads_per_worker": 2, "processes": False, "dashboard_address": ":0"}
+    with distributed.LocalCluster(**options) as local, distributed.Client(local):
+        yield local
+
+
 def on_grid(run):
     """The run with coordinates of its grid, as open_run gives them."""
     affine = np.array(run.attrs["affine"])

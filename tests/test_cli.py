@@ -89,6 +89,7 @@ def test_run__leaves_stores_maps_sidecars_and_provenance(finished, data):
             assert image.shape == SHAPE
             assert np.isfinite(image.get_fdata()).all()
             sidecar = json.loads((maps / f"{prefix}contrast-diff_stat-{stat}_statmap.json").read_text())
+            assert sidecar["Formula"] == [-1, -1, 1, 1, 0, 0, 0]
             assert sidecar["Weights"] == {"SSt": -1, "SSp": -1, "DSt": 1, "DSp": 1}
             assert sidecar["DegreesOfFreedom"] == {"": 124, "run-1_": 59, "run-2_": 65}[prefix]
             assert len(sidecar["Inputs"]) == (1 if prefix else 2)
@@ -154,6 +155,15 @@ def test_run__refuses_another_output_and_overwrites_when_told(finished, data, tm
     assert not list((output / "maps").glob("*contrast-diff*")), (
         "maps of the job that was replaced must not linger"
     )
+
+
+def test_run__makes_lost_maps_again(finished, data, tmp_path):
+    output = tmp_path / "results"
+    shutil.copytree(finished, output)
+    lost = output / "maps" / "contrast-diff_stat-z_statmap.nii.gz"
+    lost.unlink()
+    assert call(*job(data), "--output", output) == 0
+    assert lost.read_bytes() == (finished / "maps" / lost.name).read_bytes()
 
 
 def test_run__goes_on_where_it_stopped(finished, data, tmp_path):
@@ -387,6 +397,8 @@ def test_run__wrong_input_is_one_paragraph(what, data, tmp_path, capsys):
         assert words in message
     assert not (tmp_path / "results" / "provenance.json").exists()
     assert not list((tmp_path / "results").rglob("*.nii.gz"))
+    if what not in ("truncated gzip", "no repetition time", "memory", "negative smoothing"):
+        assert not (tmp_path / "results").exists(), "this can be known before any work"
 
 
 def test_wrong_inputs__are_all_tested(data, tmp_path):

@@ -11,16 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from nilearn.glm.contrasts import expression_to_contrast_vector
 
-from chunkglm.design import (
-    as_design,
-    contrast_name,
-    contrast_weights,
-    is_estimable,
-    parse_definition,
-    parse_expression,
-    read_column_names,
-    read_design,
-)
+from chunkglm.design import as_design, is_estimable, read_column_names, read_design
 from chunkglm.errors import (
     ChunkGLMWarning,
     ContrastError,
@@ -28,6 +19,7 @@ from chunkglm.errors import (
     NotAvailableError,
     SourceNotFoundError,
 )
+from chunkglm.expressions import contrast_name, contrast_weights, parse_definition, parse_expression
 
 NAMES = ["face", "house", "drift_1"]
 COLUMNS = ["face", "house", "2back", "0back", "trial_type.face", "trial type", "a-b", "a", "b", "été"]

@@ -5,7 +5,6 @@ import itertools
 import warnings
 import weakref
 
-import chunkglm as cg
 import dask
 import dask.array as da
 import nibabel as nib
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from nilearn.glm import compute_contrast, compute_fixed_effects
 from nilearn.glm.first_level import FirstLevelModel, mean_scaling, run_glm
 
+import chunkglm as cg
 from chunkglm.errors import (
     ChunkGLMWarning,
     DesignError,
@@ -87,7 +87,9 @@ def test_fit__ols_and_scalings(two_runs, two_designs):
 def test_fit__redundant_columns_count_once_and_are_told(two_runs, two_designs):
     design = two_designs["a"]
     redundant = design.assign(both=design["SSt"] + 2 * design["DSp"], nothing=0.0)
-    with pytest.warns(ChunkGLMWarning, match=f"run 1 has {redundant.shape[1]} regressors of rank {design.shape[1]}") as seen:
+    with pytest.warns(
+        ChunkGLMWarning, match=f"run 1 has {redundant.shape[1]} regressors of rank {design.shape[1]}"
+    ) as seen:
         fit = cg.fit(two_runs["a"], redundant)
     assert seen[0].filename == __file__
     plain = cg.fit(two_runs["a"], design)
@@ -167,13 +169,15 @@ def images(tmp_path, kind, seed=0, nan=False, level=800.0):
         assert (loaded.dataobj.slope != 1) == (kind == "scaled int16")
         paths.append(path)
         t = np.arange(n)
-        design = pd.DataFrame({"a": np.sin(t / 3.0), "b": np.cos(t / 4.1) ** 3, "drift": t / n, "constant": 1.0})
+        design = pd.DataFrame(
+            {"a": np.sin(t / 3.0), "b": np.cos(t / 4.1) ** 3, "drift": t / n, "constant": 1.0}
+        )
         designs.append(design)
     mask_image = nib.Nifti1Image(mask.astype(np.uint8), affine)
     return paths, mask_image, designs
 
 
-def reference(paths, mask_image, designs, noise_model, scaling, definition):
+def reference(paths, mask_image, designs, definition, *, noise_model, scaling):
     """Maps of every run by FirstLevelModel, (run, voxel), and its own combination of the runs."""
     model = FirstLevelModel(mask_img=mask_image, noise_model=noise_model, signal_scaling=scaling)
     mask = mask_image.get_fdata() > 0
@@ -204,7 +208,9 @@ def assert_same_maps(got, expected, mask, rtol=1e-10):
     size = 1 + np.abs(expected["stat"])
     assert (np.abs(got["stat"] - expected["stat"]) <= 2 * rtol * size).all()
     assert (np.abs(got["z_score"] - expected["z_score"]) <= 2 * rtol * size + 1e-12).all()
-    np.testing.assert_allclose(got["p_value"], expected["p_value"], rtol=4 * rtol * size.max() ** 2, atol=1e-15)
+    np.testing.assert_allclose(
+        got["p_value"], expected["p_value"], rtol=4 * rtol * size.max() ** 2, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("kind", ["float64", "scaled int16"])
@@ -215,7 +221,9 @@ def test_compat__equals_nilearn(tmp_path, kind, noise_model, scaling, theirs):
     runs = [cg.convert(path, tmp_path / f"{path.stem}.zarr", mask=mask_image) for path in paths]
     fit = cg.fit(runs, designs, noise_model=noise_model, signal_scaling=scaling, compat="nilearn")
     got = cg.contrast(fit, "a - 0.5*b")
-    expected, combined, per_run = reference(paths, mask_image, designs, noise_model, theirs, "a - 0.5*b")
+    expected, combined, per_run = reference(
+        paths, mask_image, designs, "a - 0.5*b", noise_model=noise_model, scaling=theirs
+    )
     mask = mask_image.get_fdata() > 0
     assert_same_maps(got, expected, mask)
     assert list(got["dof"]) == [58, 41]
@@ -244,9 +252,11 @@ def test_compat__where_nilearn_is_in_float32_equals_to_its_precision(tmp_path, k
     runs = [cg.convert(path, tmp_path / f"{path.stem}.zarr", mask=mask_image) for path in paths]
     fit = cg.fit(runs, designs, noise_model=noise_model, compat="nilearn")
     got = cg.contrast(fit, "a - b")
-    expected, _, _ = reference(paths, mask_image, designs, noise_model, 0, "a - b")
+    expected, _, _ = reference(paths, mask_image, designs, "a - b", noise_model=noise_model, scaling=0)
     mask = mask_image.get_fdata() > 0
-    effect, variance = (voxels(got[name].transpose(..., "x", "y", "z"), mask) for name in ("effect", "variance"))
+    effect, variance = (
+        voxels(got[name].transpose(..., "x", "y", "z"), mask) for name in ("effect", "variance")
+    )
     same_bin = np.abs(variance / expected["effect_variance"] - 1) < 1e-5
     assert (~same_bin).mean() < 0.02  # a bin's edge; the promise of 0.1 % is held against real data
     error = np.abs(effect - expected["effect_size"]) / np.sqrt(expected["effect_variance"])
@@ -261,12 +271,20 @@ def by_arrays(Y, X, noise_model, scaling, weights):
             Y, _ = mean_scaling(Y, scaling)
         labels, results = run_glm(Y, X, noise_model=noise_model)
         result = compute_contrast(labels, results, weights, stat_type="t")
-        maps = (result.effect_size(), result.effect_variance(), result.stat(), result.p_value(), result.z_score())
+        maps = (
+            result.effect_size(),
+            result.effect_variance(),
+            result.stat(),
+            result.p_value(),
+            result.z_score(),
+        )
     return dict(zip(REFERENCE_MAPS, maps, strict=True)), labels.astype(float), result.dof
 
 
 @pytest.mark.parametrize("noise_model", ["ols", "ar1"])
-@pytest.mark.parametrize("case", ["small means", "mixed means", "redundant", "no column is constant", "few volumes"])
+@pytest.mark.parametrize(
+    "case", ["small means", "mixed means", "redundant", "no column is constant", "few volumes"]
+)
 def test_compat__equals_nilearn_on_difficult_data(case, noise_model, volume, make_design):
     rng = np.random.default_rng(3)
     n = 14 if case == "few volumes" else 57
@@ -293,7 +311,7 @@ def test_compat__equals_nilearn_on_difficult_data(case, noise_model, volume, mak
         assert got["dof"].item() == dof
         if noise_model == "ar1":
             np.testing.assert_allclose(fit["rho"].values.ravel(), labels, atol=1e-15)
-        flat = got.stack(voxel=SPACE).isel(run=0)  # noqa: PD013
+        flat = got.stack(voxel=SPACE).isel(run=0)
         for name, theirs_name in zip(MAPS, REFERENCE_MAPS, strict=True):
             np.testing.assert_allclose(flat[name], expected[theirs_name], rtol=1e-8, atol=1e-9)
         se = np.sqrt(expected["effect_variance"])
@@ -391,7 +409,7 @@ def test_fit__means_of_0_or_less_are_nan_and_told_once(volume, make_design):
     count = "(run.mask & (run.bold.mean('time') <= 0)).sum()"
     assert count in text
     assert eval(count, {"run": run}) == 400
-    with pytest.warns(ChunkGLMWarning, match="they are NaN|They are NaN"):
+    with pytest.warns(ChunkGLMWarning, match="They are NaN"):
         assert np.isnan(cg.fit(volume(-abs(Y)), design, signal_scaling="run")["sigma2"]).all()
     assert np.isfinite(cg.fit(run, design, signal_scaling=None)["sigma2"]).all()
     assert np.isfinite(cg.fit(run, design, compat="nilearn")["sigma2"]).all()
@@ -430,28 +448,33 @@ CHUNKED = (40, 3, 4, 5)
     chunks=chunkings(CHUNKED),
     mask_chunks=st.none() | chunkings((1, *CHUNKED[1:])),
     scheduler=st.sampled_from(["sync", 1, 2, 3, 5]),
-    noise_model=st.sampled_from(["ar1", "ols"]),
-    scaling=st.sampled_from(["voxel", "run", None]),
-    compat=st.sampled_from([None, "nilearn"]),
+    options=st.fixed_dictionaries(
+        {
+            "noise_model": st.sampled_from(["ar1", "ols"]),
+            "signal_scaling": st.sampled_from(["voxel", "run", None]),
+            "compat": st.sampled_from([None, "nilearn"]),
+        }
+    ),
 )
 def test_fit__chunks_and_threads_do_not_matter(
-    volume, make_design, chunks, mask_chunks, scheduler, noise_model, scaling, compat
+    volume, make_design, *, chunks, mask_chunks, scheduler, options
 ):
     mask = np.random.default_rng(1).random(CHUNKED[1:]) < 0.7
     run, design = volume(noisy(CHUNKED), mask), make_design(40)
-    options = {"noise_model": noise_model, "signal_scaling": scaling, "compat": compat}
     whole = cg.fit(run.chunk(time=-1), design, **options).compute(scheduler="sync")
     other = run.assign(bold=run["bold"].chunk(dict(zip(("time", *SPACE), chunks, strict=True))))
     if mask_chunks is not None:
         other["mask"] = other["mask"].chunk(dict(zip(SPACE, mask_chunks[1:], strict=True)))
-    threads = {"scheduler": "sync"} if scheduler == "sync" else {"scheduler": "threads", "num_workers": scheduler}
+    threads = (
+        {"scheduler": "sync"} if scheduler == "sync" else {"scheduler": "threads", "num_workers": scheduler}
+    )
     fit = cg.fit(other, design, **options)
     got, result = dask.compute(fit, cg.contrast(fit, "face - cat"), **threads)
     expected = cg.contrast(whole, "face - cat")
     for name in ("sigma2", "beta"):
         scale = np.nanmax(np.abs(whole[name]), axis=(-1, -2, -3), keepdims=True)
         np.testing.assert_allclose(got[name] / scale, whole[name] / scale, rtol=1e-12, atol=1e-12)
-    if noise_model == "ar1":
+    if "rho" in whole:
         np.testing.assert_allclose(got["rho"], whole["rho"], rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(result["stat"], expected["stat"], rtol=1e-11, atol=1e-11)
 
@@ -470,7 +493,9 @@ def test_fit__order_of_voxels_does_not_matter(volume, make_design, seed):
             )
 
 
-@pytest.mark.parametrize("how", ["numpy", "dask", "transposed", "big endian", "float32", "strided", "lazy file"])
+@pytest.mark.parametrize(
+    "how", ["numpy", "dask", "transposed", "big endian", "float32", "strided", "lazy file"]
+)
 def test_fit__any_origin_gives_the_same_numbers(how, volume, make_design, tmp_path):
     Y = np.rint(noisy(CHUNKED))
     run, design = volume(Y), make_design(40)
@@ -497,16 +522,19 @@ def test_fit__any_origin_gives_the_same_numbers(how, volume, make_design, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory, two_runs):
-    """The runs of two_runs as stores of several slabs and time blocks."""
-    folder = tmp_path_factory.mktemp("stores")
-    study = {}
+def study(tmp_path_factory, two_runs, volume):
+    """A study on disk with the runs of two_runs, three times as high: several slabs and time blocks."""
+    folder = tmp_path_factory.mktemp("stores") / "study.zarr"
     for label, run in two_runs.items():
-        tall = run[["bold", "mask"]].isel(z=np.arange(40) % run.sizes["z"])
-        tall = tall.assign_coords(z=3.0 * np.arange(40)).chunk(time=16, z=16)
-        tall["mask"] = tall["mask"].copy()
-        study[label] = cg.save(tall, folder / f"run-{label}")
-    return study
+        tall = volume(np.tile(run["bold"], (1, 5, 1, 1)), np.tile(run["mask"], (5, 1, 1)))
+        tall = tall.assign(mean_image=tall["bold"].mean("time").astype("f4"))
+        cg.save(tall.chunk(time=32, z=16), folder / f"run-{label}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(study):
+    return cg.open_study(study)
 
 
 @pytest.mark.parametrize("compat", [None, "nilearn"])
@@ -527,10 +555,10 @@ def test_fit__from_a_store_is_the_same_to_the_last_bit_with_any_threads(store, t
 
 
 def test_fit__contrast_and_fixed_effects_are_lazy(store, two_designs):
-    never = {
-        label: run.assign(bold=run["bold"].copy(data=run["bold"].data.map_blocks(fail, dtype="f8")))
-        for label, run in store.items()
-    }
+    never = {}
+    for name, run in store.items():
+        broken = run["bold"].data.map_blocks(fail, dtype="i2", meta=np.empty((0,) * 4, "i2"))
+        never[name.removeprefix("run-")] = run.to_dataset().assign(bold=run["bold"].copy(data=broken))
     with raise_if_computes():
         fit = cg.fit(never, two_designs, signal_scaling="run")
         result = cg.contrast(fit, {"one": "SSt - DSp", "two": "SSt"})
@@ -616,23 +644,13 @@ def test_fit__several_results_in_one_computation_read_once(volume, make_design):
     np.testing.assert_array_equal(got[1]["effect"][0], got[0]["beta"][0, 0])
 
 
-def test_fit__works_on_a_cluster(store, two_designs):
-    distributed = pytest.importorskip("distributed", reason="distributed is not installed")
+def test_fit__works_on_a_cluster(store, two_designs, cluster):
     fit = cg.fit(store, two_designs, signal_scaling="run")
     lazy = cg.fixed_effects(cg.contrast(fit, "SSt - DSp"))
-    expected = lazy.compute(scheduler="sync")
-    with (
-        distributed.LocalCluster(
-            n_workers=2, threads_per_worker=2, processes=False, dashboard_address=None
-        ) as cluster,
-        distributed.Client(cluster),
-    ):
-        assert lazy.compute().equals(expected)
-        again = cg.fit(store, two_designs, signal_scaling="run")
-        assert cg.fixed_effects(cg.contrast(again, "SSt - DSp")).compute().equals(expected)
-        persisted = store["a"].persist()
-        with pytest.raises(NotAvailableError, match="before persist"):
-            cg.fit(persisted, two_designs["a"])
+    assert lazy.compute().equals(lazy.compute(scheduler="sync"))
+    persisted = store["run-a"].to_dataset().persist()
+    with pytest.raises(NotAvailableError, match="before persist"):
+        cg.fit(persisted, two_designs["a"])
 
 
 # ------------------------------------------------------------------------------------- runs, designs, masks, labels
@@ -669,21 +687,22 @@ def test_fit__takes_runs_as_dataset_list_mapping_or_tree(two_runs, two_designs):
     assert list(fit["regressor"].values) == [f"x{i}" for i in range(designs[0].shape[1])]
 
 
-def test_fit__reads_designs_and_studies_from_disk(store, two_designs, tmp_path):
+def test_fit__reads_designs_from_disk(store, two_designs, tmp_path):
     paths = {}
     for label, design in two_designs.items():
         paths[label] = tmp_path / f"{label}.csv"
         design.to_csv(paths[label], index=False)
-    tree = cg.open_study(store["a"].encoding["source"].rsplit("/", 1)[0]) if "source" in store["a"].encoding else store
-    got = cg.fit(tree, paths).compute()
-    expected = cg.fit(store, two_designs).compute()
-    np.testing.assert_allclose(got["sigma2"], expected["sigma2"], rtol=1e-10)
+    expected = cg.fit(store, two_designs)["sigma2"].compute()
+    for designs in (paths, [str(path) for path in paths.values()]):
+        np.testing.assert_allclose(cg.fit(store, designs)["sigma2"], expected, rtol=1e-10)
 
 
 def test_fit__ragged_runs(volume, make_design):
     first, second = volume(noisy((50, 2, 3, 4)), t_r=2.0), volume(noisy((31, 2, 3, 4), seed=1), t_r=0.8)
     full = make_design(50)
-    other = make_design(31, names=("cat", "face", "dog"), n_drifts=1)[["dog", "constant", "face", "cat", "drift_1"]]
+    other = make_design(31, names=("cat", "face", "dog"), n_drifts=1)[
+        ["dog", "constant", "face", "cat", "drift_1"]
+    ]
     fit = cg.fit({"one": first, "two": second}, {"one": full, "two": other})
     assert list(fit["regressor"].values) == ["face", "house", "cat", "drift_1", "drift_2", "constant", "dog"]
     assert fit["column"].values.tolist() == [[0, 1, 2, 3, 4, 5, -1], [2, -1, 3, 4, -1, 1, 0]]
@@ -723,7 +742,14 @@ def test_fit__a_mask_for_all_runs(volume, make_design, tmp_path):
     image.to_filename(path)
     labelled = run["mask"].copy(data=mask)
     expected = cg.fit([volume(Y, mask)] * 2, [design] * 2)["sigma2"].compute()
-    for given_mask in (image, path, str(path), labelled, labelled.astype(int), labelled.transpose("x", "z", "y")):
+    for given_mask in (
+        image,
+        path,
+        str(path),
+        labelled,
+        labelled.astype(int),
+        labelled.transpose("x", "z", "y"),
+    ):
         fit = cg.fit([run, run.drop_vars("mask")], [design] * 2, mask=given_mask)
         assert fit["sigma2"].equals(expected)
         np.testing.assert_array_equal(fit["mask"], [mask, mask])
@@ -738,7 +764,7 @@ def test_fit__a_mask_for_all_runs(volume, make_design, tmp_path):
         cg.fit(run, design, mask=labelled.astype(int) * 0)
     with pytest.raises(MaskError, match="dims"):
         cg.fit(run, design, mask=labelled.expand_dims("t"))
-    with pytest.raises(MaskError, match="run 2 has no mask|Run 2 has no mask"):
+    with pytest.raises(MaskError, match="Run 2 has no mask"):
         cg.fit([run, run.drop_vars("mask")], [design] * 2)
 
 
@@ -809,9 +835,7 @@ def test_fit__refuses_designs_that_do_not_fit(volume, make_design):
             cg.fit(runs, designs)
     many = np.column_stack([np.ones(50), *(np.eye(50)[i] for i in range(20))] * 3)
     with pytest.raises(DesignError, match="no degrees of freedom"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cg.fit(run, many, compat="nilearn")
+        cg.fit(run, many, compat="nilearn")
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,9 @@ def estimable(X, rng):
     return X.T @ rng.standard_normal(len(X)) / len(X)
 
 
-@pytest.mark.parametrize("sizes", [(T,), (32, 32, 20), (1,) * T, (1, 0, 5, 78)], ids=["1", "3", "T", "uneven"])
+@pytest.mark.parametrize(
+    "sizes", [(T,), (32, 32, 20), (1,) * T, (1, 0, 5, 78)], ids=["1", "3", "T", "uneven"]
+)
 @pytest.mark.parametrize("signal", SIGNALS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("design", DESIGNS, ids=lambda f: f.__name__)
 def test_fit__equals_brute_force(design, signal, sizes):
@@ -273,7 +275,9 @@ def test_fit_voxels__tiles_and_order_of_voxels_do_not_matter():
     whole = fit_all(y, of)
     some = fit_voxels([y], order, of)
     for name in ("beta", "sigma2", "rho"):
-        np.testing.assert_allclose(getattr(some, name), getattr(whole, name)[..., order], rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(
+            getattr(some, name), getattr(whole, name)[..., order], rtol=1e-10, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("reference_rules", [False, True])
@@ -395,8 +399,8 @@ def test_mean_voxels__averages_over_time():
     voxels = np.arange(3, VOXEL_TILE + 4)
     got = mean_voxels((y[start : start + 9] for start in range(0, T, 9)), voxels, finite=False)
     np.testing.assert_allclose(got, y.mean(axis=0)[None, voxels], rtol=1e-13)
-    y[5, 7] = np.nan
-    assert np.isnan(mean_voxels([y], np.array([7]), finite=False)).all()
+    y[5, 7], y[5, 8] = np.nan, np.inf
+    assert np.isnan(mean_voxels([y], np.array([7, 8]), finite=False)).all()
     np.testing.assert_allclose(mean_voxels([y], np.array([7]), finite=True), np.nansum(y[:, 7]) / T)
 
 

@@ -62,11 +62,15 @@ def test_equals_the_reference_where_single_voxels_are_missing(tmp_path):
     # A dim brain with holes: what bleeds into a hole is above the threshold, but a hole is not brain.
     rng = np.random.default_rng(2)
     distance = np.linalg.norm(np.indices((24, 24, 24)) - 11.5, axis=0)
-    mean = np.where(distance < 11, 120 + 80 * (11 - distance) + rng.uniform(0, 5, distance.shape), rng.uniform(0, 10, distance.shape))
+    mean = np.where(
+        distance < 11,
+        120 + 80 * (11 - distance) + rng.uniform(0, 5, distance.shape),
+        rng.uniform(0, 10, distance.shape),
+    )
     mean[(rng.uniform(size=mean.shape) < 0.03) & (distance < 11) & (np.indices(mean.shape)[0] > 11)] = np.nan
     expected = reference(nib.Nifti1Image(mean, np.eye(4))).T
     np.testing.assert_array_equal(epi_mask(mean), expected)
-    assert expected[:12].sum() > 2 * expected[12:].sum() > 0
+    assert expected[:12].sum() > 1.1 * expected[12:].sum() > 0
 
 
 def test_mask_ignores_smoothing(tmp_path):

@@ -12,7 +12,10 @@ from chunkglm.errors import InputError, MemoryBudgetError
 from chunkglm.testing import write_simulated_run
 
 SHAPES = st.tuples(
-    st.integers(1, 5000), st.integers(1, 400), st.integers(1, 2000), st.one_of(st.integers(1, 2000), st.just(200_000))
+    st.integers(1, 5000),
+    st.integers(1, 400),
+    st.integers(1, 2000),
+    st.one_of(st.integers(1, 2000), st.just(200_000)),
 )
 ITEMSIZES = st.sampled_from([1, 2, 4, 8])
 
@@ -40,7 +43,25 @@ def test_parse_memory(text, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "much", "0", 0, -1, "-1GiB", "0.4", "1e9", "1,5G", "1 PiB", "GiB", "1 2", "inf", "nan", None, True, "9" * 400],
+    [
+        "",
+        "much",
+        "0",
+        0,
+        -1,
+        "-1GiB",
+        "0.4",
+        "1e9",
+        "1,5G",
+        "1 PiB",
+        "GiB",
+        "1 2",
+        "inf",
+        "nan",
+        None,
+        True,
+        "9" * 400,
+    ],
 )
 def test_parse_memory_refuses(text):
     with pytest.raises(InputError, match="512MiB"):
@@ -49,7 +70,14 @@ def test_parse_memory_refuses(text):
 
 @pytest.mark.parametrize(
     ("n", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * 2**20, "1.5 GiB"), (300 * 2**20, "300 MiB"), (2**51, "2048.0 TiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536 * 2**20, "1.5 GiB"),
+        (300 * 2**20, "300 MiB"),
+        (2**51, "2048.0 TiB"),
+    ],
 )
 def test_format_bytes(n, text):
     assert plan.format_bytes(n) == text

@@ -33,7 +33,9 @@ def smoothed(path, tmp_path, mask, fwhm, **options):
     return run, np.asarray(run["bold"]).T
 
 
-@pytest.mark.parametrize("affine", [ISOTROPIC, ANISOTROPIC, OBLIQUE], ids=["isotropic", "anisotropic", "oblique"])
+@pytest.mark.parametrize(
+    "affine", [ISOTROPIC, ANISOTROPIC, OBLIQUE], ids=["isotropic", "anisotropic", "oblique"]
+)
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32"])
 def test_equals_the_reference_bit_for_bit(tmp_path, affine, dtype):
     data = RNG.integers(0, 200, (9, 8, 7, 35)).astype(dtype)
@@ -46,7 +48,8 @@ def test_equals_the_reference_bit_for_bit(tmp_path, affine, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "slope", "intercept"), [("int16", 0.37, 100.0), ("float32", 75.5, -3.0), ("float64", 1.0, 0.0), ("int64", 1.0, 0.0)]
+    ("dtype", "slope", "intercept"),
+    [("int16", 0.37, 100.0), ("float32", 75.5, -3.0), ("float64", 1.0, 0.0), ("int64", 1.0, 0.0)],
 )
 def test_equals_the_reference_in_float64(tmp_path, dtype, slope, intercept):
     data = RNG.integers(0, 20000, (9, 8, 7, 5)).astype(dtype)
@@ -115,4 +118,6 @@ def test_kernel_leaves_its_input_and_flat_axes_alone():
     np.testing.assert_allclose(out.mean(axis=1), volume.mean(axis=1), rtol=0, atol=1e-12)
     assert not np.allclose(out, volume)
     np.testing.assert_array_equal(smooth_volume(volume, (0.0, 0.0, 0.0)), volume)
-    assert sigma_voxels(5.0, (2.0, 4.0)) == pytest.approx((5 / 2.354820045 / 2, 5 / 2.354820045 / 4), rel=1e-9)
+    assert sigma_voxels(5.0, (2.0, 4.0)) == pytest.approx(
+        (5 / 2.354820045 / 2, 5 / 2.354820045 / 4), rel=1e-9
+    )

@@ -541,6 +541,7 @@ def mean_voxels(blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], *, fin
     Returns
     -------
     ndarray, shape (1, V)
+        NaN where the mean is not finite, so that such a voxel can be left out of a mean of voxels.
     """
     total = np.zeros((1, len(voxels)))
     n = 0
@@ -551,7 +552,9 @@ def mean_voxels(blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], *, fin
             total[0, tile] += _samples(flat, voxels[tile], finite=finite).sum(axis=0)
         n += len(block)
         del block, flat
-    return total / n
+    average: Floats = total / n
+    average[~np.isfinite(average)] = np.nan
+    return average
 
 
 @_quiet
