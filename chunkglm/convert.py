@@ -89,9 +89,9 @@ def convert(
         grid = nifti.Grid(reader.shape[1:], reader.header.affine)
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
         n_threads = _threads(reader, memory, smooth=smoothing_fwhm is not None)
-        template = _template(reader, repetition_time, smoothing_fwhm)
+        chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
+        template = _template(reader, repetition_time, smoothing_fwhm, chunks)
         with stores.writing(store, overwrite=overwrite) as writer, ThreadPoolExecutor(n_threads) as pool:
-            chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
             process = _smoother(reader, smoothing_fwhm, chunks.time, pool)
@@ -145,12 +145,12 @@ def _threads(reader: RunReader, memory: int | str, *, smooth: bool) -> int:
     return plan.most_threads(plan.parse_memory(memory), needed, plan.available_cpus(), what)
 
 
-def _template(reader: RunReader, t_r: float, fwhm: float | None) -> xr.Dataset:
+def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks) -> xr.Dataset:
     """Make the store's metadata: everything but the values of bold, mask and mean image."""
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
 
     header, (n_time, *volume) = reader.header, reader.shape
-    bold = xr.Variable(("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=-1))
+    bold = xr.Variable(("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=chunks))
     if header.scaled and fwhm is None:
         bold.encoding = {
             "dtype": bold.dtype,

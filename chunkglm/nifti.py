@@ -942,7 +942,7 @@ def _with_space_last(array: xr.DataArray) -> xr.DataArray:
             f"A {type(array).__name__} cannot be written as NIfTI; give one variable of it, a DataArray."
         )
     for dim in SPACE:
-        if dim not in array.dims and dim in array.coords:
+        if dim not in array.dims and dim in array.coords and array.coords[dim].ndim == 0:
             array = array.expand_dims(dim)
     other = [dim for dim in array.dims if dim not in SPACE]
     if set(SPACE) - set(array.dims) or len(other) > 4 or 0 in array.shape:
@@ -1127,12 +1127,12 @@ def _set_time_step(header: Any, array: xr.DataArray, source_step: float | None) 
         header["pixdim"][4:] = [1.0] * n_other + [0.0] * (4 - n_other)
         return
     header["pixdim"][5:] = [1.0] * (n_other - 1) + [0.0] * (4 - n_other)
-    times = array.coords.get("time")
-    if times is None or times.size < 2 or times.dtype.kind not in "iuf":
+    # Without this look, xarray would make up a coordinate that counts.
+    if "time" not in array.coords or array["time"].size < 2 or array["time"].dtype.kind not in "iuf":
         return
     # Microseconds are finer than any repetition time; the difference of two coordinates is not exact.
-    steps = np.unique(np.round(np.diff(times.values.astype(np.float64)), 6))
-    step = float(steps[0]) if steps.size == 1 and steps[0] > 0 else 0.0
+    steps = np.unique(np.round(np.diff(array["time"].values.astype(np.float64)), 6))
+    step = abs(float(steps[0])) if steps.size == 1 else 0.0
     if step != source_step:
         header["pixdim"][4] = step
         header["xyzt_units"] = (int(header["xyzt_units"]) & 0x07) | 8

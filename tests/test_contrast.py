@@ -14,7 +14,7 @@ from dask.local import get_sync
 from scipy import stats
 
 import chunkglm as cg
-from chunkglm.contrasts import add_statistics
+from chunkglm.contrasts import add_statistics, check_contrast
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvailableError
 from chunkglm.store import open_store
 from chunkglm.testing import raise_if_computes, simulate_run
@@ -502,6 +502,21 @@ def test_contrast__refuses_what_no_run_can_estimate(volume, make_design):
         with pytest.raises(ContrastError, match="cannot be estimated in any run"):
             cg.contrast(fit, definition)
     assert np.isfinite(cg.contrast(fit, "face + 2*twice")["stat"]).all()
+
+
+def test_check_contrast__refuses_before_the_fit_what_the_contrast_would(make_design):
+    designs = [make_design(40), make_design(30, names=("face", "cat"))]
+    for definition in ("face - house", "face", [1, 0, 0, 0, 0, 0]):
+        check_contrast(definition, designs, "name")
+    for definition, kind, match in [
+        ("nose", ContrastError, "nose"),
+        ([1, -1, 0, 0, 0, 0], ContrastError, "by position"),
+        (np.eye(6)[:2], NotAvailableError, "F contrast"),
+    ]:
+        with pytest.raises(kind, match=match):
+            check_contrast(definition, designs, "name")
+    with pytest.raises(ContrastError, match="'name' cannot be estimated in any run"):
+        check_contrast("house", [designs[0].assign(house=0.0), designs[1]], "name")
 
 
 def test_contrast__refuses_options_and_what_is_no_fit(fit, two_runs):
