@@ -150,7 +150,9 @@ def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Ch
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
 
     header, (n_time, *volume) = reader.header, reader.shape
-    bold = xr.Variable(("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=chunks))
+    bold = xr.Variable(
+        ("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=chunks)
+    )
     if header.scaled and fwhm is None:
         bold.encoding = {
             "dtype": bold.dtype,
