@@ -48,8 +48,6 @@ if TYPE_CHECKING:
 NOISE_MODELS = ("ols", "ar1")
 SCALINGS = ("voxel", "run", None)
 
-_COLUMN = "place of the regressor among the columns of the run's design; -1 where it has none"
-
 # Without numbers, so that Python shows it once and not for every voxel block.
 _NO_PERCENT = (
     "There are voxels in the mask that vary in time, but whose percent signal change does not exist, because the "
@@ -389,7 +387,7 @@ def _assemble(
             "sigma2": (("run", *SPACE), stack([r[P] for r in rows])),
             "dof": ("run", np.array([fit.dof for fit in fits], dtype=np.float64)),
             "n_volumes": ("run", np.array(n_volumes)),
-            "column": (("run", "regressor"), np.stack([fit.columns for fit in fits]), {"long_name": _COLUMN}),
+            "column": (("run", "regressor"), np.stack([fit.columns for fit in fits])),
             **_stack_designs(runs, designs, regressors),
             "mask": (("run", *SPACE), masks),
         }

@@ -30,9 +30,6 @@ TIME_BLOCK_BYTES = 128 * MIB
 CHUNK_BYTES = 16 * MIB
 """The largest decoded chunk."""
 
-VOXEL_TILE = 1024
-"""Voxels that a kernel takes at a time: small enough for the cache."""
-
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 

@@ -60,6 +60,12 @@ FIT = _variables(
         "",
         "design matrix; NaN where a run has no such row or column",
     ),
+    Variable(
+        "column",
+        ("run", "regressor"),
+        "",
+        "place of the regressor among the columns of the run's design; -1: none",
+    ),
     Variable("frame_time", ("run", "volume"), "s", "time of each volume"),
     Variable("sample_mask", ("run", "volume"), "", "volumes that were used"),
     Variable("n_volumes", ("run",), "", "number of volumes of the run"),

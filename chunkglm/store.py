@@ -18,6 +18,8 @@ import json
 import os
 import shutil
 import tempfile
+import threading
+import time
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -341,8 +343,8 @@ def open_store(store: StoreLike) -> xr.Dataset:
     Returns
     -------
     Dataset
-        Lazy, with dask chunks as they are stored. Chunk encodings are cleared, so that any slice can be saved
-        again.
+        Lazy, with dask chunks as they are stored; what is small and not on voxels (designs, degrees of freedom) is
+        read. Chunk encodings are cleared, so that any slice can be saved again.
 
     Raises
     ------
@@ -361,7 +363,15 @@ def open_store(store: StoreLike) -> xr.Dataset:
     for variable in ds.variables.values():
         for key in ("chunks", "preferred_chunks", "shards"):
             variable.encoding.pop(key, None)
-    return ds
+    small = [
+        name
+        for name, variable in ds.variables.items()
+        if variable.chunks is not None
+        and not set(variable.dims) & set(SPACE)
+        and variable.nbytes <= plan.CHUNK_BYTES
+    ]
+    # Not on the user's scheduler: opening is not computing.
+    return ds.assign({name: ds[name].compute(scheduler="synchronous") for name in small})
 
 
 def open_run(store: StoreLike) -> xr.Dataset:
@@ -383,7 +393,7 @@ def open_run(store: StoreLike) -> xr.Dataset:
     SourceNotFoundError, IncompleteStoreError, FormatVersionError, DamagedStoreError, InputError
     """
     ds = open_store(store)
-    require(ds, RUN, RUN, f"{os.fspath(store)}, opened as a run,")
+    require(ds, RUN, RUN, f"{_name(store)}, opened as a run,")
     return ds[list(RUN)]
 
 
@@ -481,6 +491,34 @@ class _RootLastStore(zarr.storage.WrapperStore[Any]):
     def __init__(self, store: Any, root: Any = None) -> None:
         super().__init__(store)
         self.root = root
+        self._lock = threading.Lock()
+        self._n_writing = 0
+        self._stopped = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._store, self.root)
+
+    def stop(self) -> None:
+        """Wait for what is being written, and write nothing any more.
+
+        When a computation fails, dask raises while other tasks are still running.
+        """
+        with self._lock:
+            self._stopped = True
+        while self._n_writing:
+            time.sleep(0.001)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._lock:
+            if self._stopped:
+                raise StoreError("The store was given up; nothing is written to it any more.")
+            self._n_writing += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_writing -= 1
 
     def with_read_only(self, read_only: bool = False) -> _RootLastStore:
         return type(self)(self._store.with_read_only(read_only), self.root)
@@ -488,13 +526,15 @@ class _RootLastStore(zarr.storage.WrapperStore[Any]):
     async def set(self, key: str, value: Any) -> None:
         if key == ROOT:
             self.root = value
-        else:
+            return
+        with self._writing():
             await self._store.set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Any) -> None:
         if key == ROOT:
             self.root = self.root if self.root is not None else value
-        else:
+            return
+        with self._writing():
             await self._store.set_if_not_exists(key, value)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
@@ -548,6 +588,10 @@ class StoreWriter:
             raise InputError(
                 f"The dataset cannot be saved: {error}. Change or drop what is named."
             ) from error
+
+    def stop(self) -> None:
+        """Wait for what is being written, and write no array any more."""
+        self._store.stop()
 
     def array(self, name: str) -> Any:
         """Open the zarr array of a variable, to write blocks to."""
@@ -614,7 +658,10 @@ def writing(store: StoreLike, *, overwrite: bool) -> Iterator[StoreWriter]:
     check_free(name, overwrite=overwrite)
     try:
         with _at_url(name) if _is_url(name) else _beside(Path(name)) as writer:
-            yield writer
+            try:
+                yield writer
+            finally:
+                writer.stop()
     except ChunkGLMError:
         raise
     except OSError as error:
