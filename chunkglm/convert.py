@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from chunkglm import nifti, plan
+from chunkglm import grids, nifti, plan
 from chunkglm import store as stores
 from chunkglm.errors import InputError, MaskError
 from chunkglm.kernels.masking import epi_mask
@@ -86,7 +86,7 @@ def convert(
     stores.check_free(store, overwrite=overwrite)
     with nifti.open_reader(source) as reader:
         repetition_time = _repetition_time(reader, t_r)
-        grid = nifti.Grid(reader.shape[1:], reader.header.affine)
+        grid = grids.Grid(reader.shape[1:], reader.header.affine)
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
         n_threads = _threads(reader, memory, smooth=smoothing_fwhm is not None)
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
@@ -165,7 +165,7 @@ def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Ch
             "mask": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=bool, chunks=-1)),
             "mean_image": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=np.float32, chunks=-1)),
         },
-        coords=nifti.grid_coords(header.affine, volume, header.raw),
+        coords=grids.grid_coords(header.affine, volume, header.raw),
         attrs={
             "kind": "run",
             "repetition_time": t_r,
@@ -190,7 +190,7 @@ def _smoother(
     if fwhm is None:
         return lambda block: block
     header = reader.header
-    sigma = sigma_voxels(fwhm, nifti.voxel_sizes(header.affine)[::-1].tolist())
+    sigma = sigma_voxels(fwhm, grids.voxel_sizes(header.affine)[::-1].tolist())
     smoothed = np.empty((length, *reader.shape[1:]), dtype=np.float32)
 
     def smooth(volume: NDArray[Any], out: NDArray[np.float32]) -> None:

@@ -291,8 +291,9 @@ def _read_archive(stream: BinaryIO, label: str) -> _Table:
         _check_array(shape, dtype, label)
         for key in ("conditions", "columns"):
             size, kind = _npy_header(archive, key) if key in archive.files else ((), dtype)
-            if size == shape[1:] and kind.kind == "U":
-                return archive["X"], archive[key].tolist()
+            if size == shape[1:] and kind.kind in "US":
+                names = archive[key].tolist()
+                return archive["X"], [_decode(n, label) if isinstance(n, bytes) else n for n in names]
         return archive["X"], None
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from chunkglm import nifti
+from chunkglm import grids, nifti
 from chunkglm.blocks import as_blocks, as_chunked, map_voxel_blocks, mean, single_blas_thread, stack
 from chunkglm.design import as_design
 from chunkglm.errors import (
@@ -217,7 +217,7 @@ def _check_same_grid(
 ) -> None:
     """Compare voxel grids; of data that carries none, the number of voxels."""
     if "grid" in got.coords and "grid" in expected.coords:
-        nifti.check_same_grid(nifti.grid_of(got), nifti.grid_of(expected), got_name, expected_name)
+        grids.check_same_grid(grids.grid_of(got), grids.grid_of(expected), got_name, expected_name)
     shapes = [tuple(obj.sizes[dim] for dim in SPACE) for obj in (got, expected)]
     if shapes[0] != shapes[1]:
         raise GridMismatchError(
@@ -259,7 +259,7 @@ def _given_mask(mask: ImageLike | xr.DataArray, run: xr.Dataset) -> xr.DataArray
             raise MaskError(f"The mask has the dims {mask.dims}; accepted is one volume with {SPACE}.")
         _check_same_grid(mask, run, "The mask", "the first run")
         return xr.DataArray(mask.transpose(*SPACE).variable)
-    return xr.DataArray(nifti.read_mask(mask, nifti.grid_of(run), "the first run"), dims=SPACE)
+    return xr.DataArray(nifti.read_mask(mask, grids.grid_of(run), "the first run"), dims=SPACE)
 
 
 def _own_mask(run: xr.Dataset, label: str) -> xr.DataArray:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chunkglm import nifti, plan
+from chunkglm import grids, nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
 from chunkglm.cluster import stage, threads
@@ -140,7 +140,7 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
     for number, (run, path) in enumerate(zip(job.runs, job.designs, strict=True), start=1):
         with nifti.open_reader(run) as reader:
             n_volumes = reader.shape[0]
-            grid = nifti.Grid(reader.shape[1:], reader.header.affine)
+            grid = grids.Grid(reader.shape[1:], reader.header.affine)
         if job.mask is not None:
             nifti.read_mask(job.mask, grid, run)
         design = read_design(path, columns=names_for(path, job.column_names))
@@ -276,7 +276,7 @@ def _is_current(place: Path, job: Job, source_sha256: str) -> bool:
     same = same and (job.t_r is None or run.attrs.get("repetition_time") == job.t_r)
     if job.mask is None or not same:
         return same and run.attrs.get("mask_source") == "epi"
-    return bool(np.array_equal(run["mask"].values, nifti.read_mask(job.mask, nifti.grid_of(run), str(place))))
+    return bool(np.array_equal(run["mask"].values, nifti.read_mask(job.mask, grids.grid_of(run), str(place))))
 
 
 def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str, pd.DataFrame]) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from chunkglm import nifti
+from chunkglm import grids, nifti
 from chunkglm._version import __version__
 from chunkglm.expressions import contrast_name
 from chunkglm.schema import SPACE
@@ -128,7 +128,7 @@ def peak(maps: xr.Dataset) -> dict[str, Any]:
     if not np.isfinite(z).any():
         return {"z": None, "t": None, "dof": None, "mm": None, "voxels": 0}
     place = np.unravel_index(np.nanargmax(z), z.shape)
-    mm = nifti.slice_affine(maps) @ [*place[::-1], 1]
+    mm = grids.slice_affine(maps) @ [*place[::-1], 1]
     dof = maps["dof"].values
     return {
         "z": float(z[place]),

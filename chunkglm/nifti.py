@@ -1,4 +1,4 @@
-"""NIfTI: headers, affines and grids, streaming reads, export. The only module that knows nibabel.
+"""NIfTI: headers, streaming reads, masks and maps, export. The only module that knows nibabel.
 
 NIfTI data is x-fastest and time-slowest, so a C-ordered array ``(time, z, y, x)`` has the bytes of the file.
 A run is read once from its first byte to its last, in blocks of whole volumes; the hash of the file falls out
@@ -30,7 +30,6 @@ import xarray as xr
 from chunkglm.errors import (
     ChunkGLMError,
     ChunkGLMWarning,
-    GridMismatchError,
     InputError,
     MaskError,
     NiftiError,
@@ -38,10 +37,11 @@ from chunkglm.errors import (
     StoreError,
     StoreExistsError,
 )
+from chunkglm.grids import Grid, check_same_grid, grid_coords, grid_of, slice_affine, voxel_sizes
 from chunkglm.schema import SPACE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -62,12 +62,6 @@ PIECE = 2**20
 
 DEFLATE_LIMIT = 1032
 """How many bytes one byte of a gzip file can stand for, at most."""
-
-SAME_GRID = 0.01
-"""Grids whose corners lie closer than this part of a voxel are the same grid."""
-
-SMALLEST_IN_MM = 0.01
-"""Voxels smaller than this (mm) have coordinates in voxels: those in mm are rounded to 1e-4."""
 
 _TIME_UNITS = {0: 1.0, 8: 1.0, 16: 1e3, 24: 1e6}
 """Per second, by the header's code: none, s, ms, us."""
@@ -635,143 +629,37 @@ def _skip(stream: IO[bytes], offset: int, name: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------ grids
+# ------------------------------------------------------------------------------------------------------ masks and maps
 
 
-class Grid(NamedTuple):
-    """A voxel grid: lengths along z, y, x, and the affine from voxel numbers (x, y, z) to millimetres."""
-
-    shape: tuple[int, int, int]
-    affine: NDArray[np.float64]
-
-
-def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hashable, xr.Variable]:
-    """Make the coordinates of a voxel grid.
+def read_map(image: ImageLike) -> xr.DataArray:
+    """Read a 3-D image.
 
     Parameters
     ----------
-    affine : ndarray, shape (4, 4)
-        From voxel numbers (x, y, z) to millimetres (RAS+).
-    shape : sequence of int
-        Lengths along z, y, x.
-    header : bytes
-        The source's header, kept for export.
+    image : path, URL or nibabel image
+        3-D (a fourth dimension of length 1 is dropped), of any real dtype.
 
     Returns
     -------
-    dict
-        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal, else voxel numbers;
-        ``units`` says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and
-        ``header`` (base64).
-    """
-    aligned = np.count_nonzero(affine[:3, :3] - np.diag(np.diag(affine[:3, :3]))) == 0
-    aligned = aligned and bool(voxel_sizes(affine).min() >= SMALLEST_IN_MM)
-    coords: dict[Hashable, xr.Variable] = {}
-    for axis, (dim, length) in enumerate(zip(SPACE[::-1], tuple(shape)[::-1], strict=True)):
-        numbers = np.arange(length, dtype=np.float64)
-        # Adding 0.0 turns -0.0 into 0.0.
-        values = np.round(affine[axis, axis] * numbers + affine[axis, 3], 4) + 0.0 if aligned else numbers
-        coords[dim] = xr.Variable(dim, values, {"units": "mm" if aligned else "voxel"})
-    attrs = {"affine": [float(v) for v in np.ravel(affine)], "header": base64.b64encode(header).decode()}
-    coords["grid"] = xr.Variable((), np.int64(0), attrs)
-    return coords
-
-
-def source_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
-    """Read the affine of the grid that ``obj`` was cut from, shape (4, 4).
+    DataArray, dims (z, y, x)
+        In physical units (float64 where the header scales, else the dtype of the file), on its grid; named after the file.
 
     Raises
     ------
-    InputError
-        If ``obj`` has no ``grid`` coordinate.
+    SourceNotFoundError, NiftiError
+        If there is no such image, or it is not one volume.
     """
-    values = obj.coords["grid"].attrs.get("affine") if "grid" in obj.coords else None
-    if values is None or np.size(values) != 16:
-        raise InputError(
-            "The data has no voxel grid: the scalar coordinate 'grid' with its attribute 'affine' is missing. Data "
-            "opened by chunkglm has it; give it back with data.assign_coords(grid=run.grid)."
-        )
-    return np.asarray(values, dtype=np.float64).reshape(4, 4)
-
-
-def slice_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
-    """Find the affine of ``obj`` itself, which may be a slice (also strided or reversed) of its source grid.
-
-    Returns
-    -------
-    ndarray, shape (4, 4)
-
-    Raises
-    ------
-    InputError
-        If the voxels of ``obj`` are not evenly spaced voxels of the source grid, or coordinates are missing.
-    """
-    affine = source_affine(obj)
-    out = affine.copy()
-    for axis, dim in enumerate(SPACE[::-1]):
-        first, step = _first_and_step(obj, dim, affine, axis)
-        out[:3, axis] = affine[:3, axis] * step
-        out[:3, 3] += affine[:3, axis] * first
-    return out
-
-
-def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axis: int) -> tuple[int, int]:
-    """Voxel number of the first voxel along ``dim`` in the source grid, and the step to the next."""
-    coordinate = obj.coords.get(dim)
-    if coordinate is None or coordinate.attrs.get("units") not in {"mm", "voxel"}:
-        raise InputError(
-            f"The data has no coordinate {dim!r} with the units 'mm' or 'voxel', so its place in the grid is not "
-            "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting)."
-        )
-    values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
-    if coordinate.attrs["units"] == "mm":
-        values = (values - affine[axis, 3]) / affine[axis, axis]
-    numbers = np.rint(values)
-    even = values.size > 0 and coordinate.dims in {(), (dim,)}
-    even = even and bool(np.isfinite(values).all() and np.abs(values - numbers).max() <= 0.05)
-    steps = np.unique(np.diff(numbers)) if even else np.zeros(2)
-    if steps.size > 1 or 0 in steps:
-        raise InputError(
-            f"The voxels along {dim!r} are not evenly spaced voxels of the source grid, so no affine describes "
-            "them. Select with a slice, or export before selecting."
-        )
-    return int(numbers[0]), int(steps[0]) if steps.size else 1
-
-
-def grid_of(obj: xr.Dataset | xr.DataArray) -> Grid:
-    """Find the voxel grid of ``obj``; a spatial dimension that was selected away has length 1."""
-    sizes = cast("Any", obj.sizes)
-    return Grid((sizes.get("z", 1), sizes.get("y", 1), sizes.get("x", 1)), slice_affine(obj))
-
-
-def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str) -> None:
-    """Refuse two grids that differ by more than rounding.
-
-    Raises
-    ------
-    GridMismatchError
-        If the shapes differ, or a corner lies further away than 1 % of a voxel.
-    """
-    if got.shape != expected.shape:
-        raise GridMismatchError(
-            f"{got_name} has {got.shape[::-1]} voxels along x, y, z and {expected_name} has {expected.shape[::-1]}. "
-            "They must lie on the same grid: resample one to the other first (for example with "
-            "nilearn.image.resample_to_img)."
-        )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij"))
-    apart = np.linalg.norm(((got.affine - expected.affine) @ corners.reshape(4, -1))[:3], axis=0).max()
-    if apart > SAME_GRID * voxel_sizes(expected.affine).min():
-        raise GridMismatchError(
-            f"{got_name} and {expected_name} have the same shape, but their voxels lie up to {apart:.3g} mm apart "
-            f"(affines {np.round(got.affine, 3).tolist()} and {np.round(expected.affine, 3).tolist()}). Resample "
-            "one to the other, or correct the header that is wrong."
-        )
-
-
-def voxel_sizes(affine: Array) -> NDArray[np.float64]:
-    """Voxel size along x, y, z in millimetres: the norms of the affine's columns."""
-    sizes: NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
-    return sizes
+    with _open_image(image) as reader:
+        header = reader.header
+        if header.n_volumes > 1:
+            raise NiftiError(
+                f"{reader.name} has the shape {header.shape}; what is wanted here is a 3-D image. Give one volume."
+            )
+        ((_, block),) = reader.blocks(1)
+        values = block[0] * header.slope + header.intercept if header.scaled else block[0].copy()
+        coords = grid_coords(header.affine, reader.shape[1:], header.raw)
+        return xr.DataArray(values, dims=SPACE, coords=coords, name=reader.name)
 
 
 def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDArray[np.bool_]:
@@ -796,38 +684,30 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     MaskError, GridMismatchError, SourceNotFoundError, NiftiError
     """
     if isinstance(mask, xr.DataArray):
-        name, values, mask_grid = "the mask", *_mask_of_array(mask)
+        name, mask = "the mask", _checked_mask(mask)
     else:
-        with _open_image(mask) as reader:
-            name, header = reader.name, reader.header
-            if header.n_volumes > 1:
-                raise MaskError(
-                    f"{name} has the shape {header.shape}; a mask is a 3-D image. Give one volume."
-                )
-            ((_, block),) = reader.blocks(1)
-            values = block[0] * header.slope + header.intercept if header.scaled else block[0]
-            mask_grid = Grid(reader.shape[1:], header.affine)
-    check_same_grid(mask_grid, grid, name, run_name)
-    levels = np.unique(values)
+        mask = read_map(mask)
+        name = str(mask.name)
+    check_same_grid(grid_of(mask), grid, name, run_name)
+    levels = np.unique(mask)
     if not np.isfinite(levels).all() or levels.size > 2 or (levels.size == 2 and 0 not in levels):
         shown = ", ".join(f"{float(level):g}" for level in levels[:5])
         raise MaskError(
             f"{name} has the values {shown}{', ...' if levels.size > 5 else ''}; a mask has 0 outside and one other "
             "finite value inside. Threshold it first."
         )
-    inside: NDArray[np.bool_] = values != 0
+    inside: NDArray[np.bool_] = mask.values != 0
     if not inside.any():
         raise MaskError(f"{name} is empty: no voxel is inside. Give the mask of the brain.")
     return np.ascontiguousarray(inside)
 
 
-def _mask_of_array(mask: xr.DataArray) -> tuple[Array, Grid]:
+def _checked_mask(mask: xr.DataArray) -> xr.DataArray:
     if set(mask.dims) != set(SPACE) or mask.dtype.kind not in "biuf":
         raise MaskError(
             f"The mask has dims {mask.dims} and dtype {mask.dtype}; a mask has dims {SPACE} and real values."
         )
-    mask = mask.transpose(*SPACE)
-    return np.asarray(mask), grid_of(mask)
+    return mask.transpose(*SPACE)
 
 
 # ----------------------------------------------------------------------------------------------------- export

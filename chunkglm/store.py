@@ -36,7 +36,7 @@ from dask.callbacks import Callback
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
-from chunkglm import nifti, plan
+from chunkglm import grids, nifti, plan
 from chunkglm._version import __version__
 from chunkglm.errors import (
     ChunkGLMError,
@@ -917,10 +917,10 @@ def _for_viewers(ds: xr.Dataset) -> tuple[bytes | None, dict[str, Any]]:
     if "bold" not in ds or ds["bold"].dims != ("time", *SPACE) or "grid" not in ds.coords:
         return None, {}
     try:
-        header, affine = nifti.export_header(ds["bold"]), nifti.slice_affine(ds["bold"])
+        header, affine = nifti.export_header(ds["bold"]), grids.slice_affine(ds["bold"])
     except InputError:
         return None, {}
-    x, y, z = (float(size) for size in nifti.voxel_sizes(affine))
+    x, y, z = (float(size) for size in grids.voxel_sizes(affine))
     times = ds["time"].values
     step = abs(round(float(times[1] - times[0]), 6)) if times.size > 1 and times.dtype.kind in "iuf" else 0.0
     axes = [{"name": "time", "type": "time", "unit": "second"}]

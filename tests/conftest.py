@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import settings
 
-from chunkglm import nifti
+from chunkglm import grids
 from chunkglm.testing import simulate_run
 
 settings.register_profile("local", deadline=None, max_examples=15)
@@ -42,7 +42,7 @@ def cluster():
 def on_grid(run):
     """The run with coordinates of its grid, as open_run gives them."""
     affine = np.array(run.attrs["affine"])
-    return run.assign_coords(nifti.grid_coords(affine, run["mask"].shape, b""))
+    return run.assign_coords(grids.grid_coords(affine, run["mask"].shape, b""))
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +72,7 @@ def volume():
                 "bold": (("time", *space), bold),
                 "mask": (space, np.ones(bold.shape[1:], bool) if mask is None else mask),
             },
-            coords=nifti.grid_coords(np.diag([3.0, 3.0, 3.0, 1.0]), bold.shape[1:], b""),
+            coords=grids.grid_coords(np.diag([3.0, 3.0, 3.0, 1.0]), bold.shape[1:], b""),
         )
         return ds.assign_coords(time=t_r * np.arange(len(bold)))
 

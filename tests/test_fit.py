@@ -18,6 +18,7 @@ from nilearn.glm import compute_contrast, compute_fixed_effects
 from nilearn.glm.first_level import FirstLevelModel, mean_scaling, run_glm
 
 import chunkglm as cg
+from chunkglm import grids
 from chunkglm.errors import (
     ChunkGLMWarning,
     DesignError,
@@ -786,9 +787,8 @@ def test_fit__runs_on_other_grids_are_refused(volume, make_design):
         cg.fit([run, moved], [design] * 2)
     affine = np.diag([3.0, 3.0, 3.0, 1.0])
     affine[0, 3] = 1.0
-    from chunkglm import nifti
 
-    moved = volume(noisy()).assign_coords(nifti.grid_coords(affine, (3, 4, 5), b""))
+    moved = volume(noisy()).assign_coords(grids.grid_coords(affine, (3, 4, 5), b""))
     with pytest.raises(GridMismatchError, match="Run b and run a"):
         cg.fit({"a": run, "b": moved}, [design] * 2)
     with pytest.raises(GridMismatchError, match="Run 2"):

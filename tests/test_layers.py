@@ -19,6 +19,7 @@ LAYERS = [
     "kernels",
     "design",
     "expressions",
+    "grids",
     "nifti",
     "store",
     "blocks",

@@ -10,7 +10,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkglm import nifti, to_nifti
+from chunkglm import grids, nifti, to_nifti
 from chunkglm.errors import GridMismatchError, InputError, MaskError, StoreError, StoreExistsError
 from chunkglm.schema import SPACE
 
@@ -51,7 +51,7 @@ def make_run(affine=ASCENDING, header=None, chunks=None, scale=None):
         bold = bold * scale
     raw = header.binaryblock + b"\0" * 4
     described = nifti._describe(raw, "test")
-    coords = nifti.grid_coords(described.affine, SHAPE[::-1], raw)
+    coords = grids.grid_coords(described.affine, SHAPE[::-1], raw)
     array = xr.DataArray(bold, dims=("time", *SPACE), coords=coords)
     array = array.assign_coords(time=("time", 2.2 * np.arange(N_TIME), {"units": "s"}))
     if scale:
@@ -80,7 +80,7 @@ def assert_in_place(image, affine):
 @pytest.mark.parametrize("name", AFFINES)
 def test_coordinates(name):
     affine = AFFINES[name]
-    coords = nifti.grid_coords(affine, SHAPE[::-1], b"header")
+    coords = grids.grid_coords(affine, SHAPE[::-1], b"header")
     aligned = name in {"ascending", "descending"}
     for axis, dim in enumerate("xyz"):
         numbers = np.arange(SHAPE[axis])
@@ -95,7 +95,7 @@ def test_coordinates(name):
 def test_coordinates_of_equal_grids_align():
     noisy = ASCENDING + 1e-7 * np.array([[1, 0, 0, 1], [0, -1, 0, 1], [0, 0, 1, -1], [0, 0, 0, 0]])
     first, second = (
-        xr.DataArray(np.zeros(SHAPE[::-1]), dims=SPACE, coords=nifti.grid_coords(a, SHAPE[::-1], b""))
+        xr.DataArray(np.zeros(SHAPE[::-1]), dims=SPACE, coords=grids.grid_coords(a, SHAPE[::-1], b""))
         for a in (ASCENDING, noisy)
     )
     xr.align(first, second, join="exact")
@@ -144,46 +144,46 @@ def test_selection_by_label_keeps_the_place(name):
 
 def test_grid_of_slices():
     array = make_run(OBLIQUE)
-    grid = nifti.grid_of(array[:, ::-2, 3, 1:])
+    grid = grids.grid_of(array[:, ::-2, 3, 1:])
     assert grid.shape == (4, 1, 8)
     origin = OBLIQUE @ [1, 3, 6, 1]
     np.testing.assert_allclose(grid.affine[:, 3], origin, atol=1e-12)
     np.testing.assert_allclose(grid.affine[:, 2], -2 * OBLIQUE[:, 2], atol=1e-12)
-    assert nifti.grid_of(array.to_dataset(name="bold")).shape == SHAPE[::-1]
+    assert grids.grid_of(array.to_dataset(name="bold")).shape == SHAPE[::-1]
 
 
 def test_grids_are_compared_by_their_corners():
-    grid = nifti.Grid(SHAPE[::-1], OBLIQUE)
+    grid = grids.Grid(SHAPE[::-1], OBLIQUE)
     near, far = OBLIQUE.copy(), OBLIQUE.copy()
     near[0, 3] += 0.009 * 2.9
     far[0, 3] += 0.011 * 2.97
-    nifti.check_same_grid(nifti.Grid(SHAPE[::-1], near), grid, "a", "b")
+    grids.check_same_grid(grids.Grid(SHAPE[::-1], near), grid, "a", "b")
     with pytest.raises(GridMismatchError, match="a and b have the same shape"):
-        nifti.check_same_grid(nifti.Grid(SHAPE[::-1], far), grid, "a", "b")
+        grids.check_same_grid(grids.Grid(SHAPE[::-1], far), grid, "a", "b")
     turned = OBLIQUE.copy()
     turned[:3, :3] = turned[:3, :3] @ np.array(
         [[np.cos(0.003), -np.sin(0.003), 0], [np.sin(0.003), np.cos(0.003), 0], [0, 0, 1]]
     )
     # The same at the first voxel, and only there.
     with pytest.raises(GridMismatchError):
-        nifti.check_same_grid(nifti.Grid((7, 80, 90), turned), nifti.Grid((7, 80, 90), OBLIQUE), "a", "b")
+        grids.check_same_grid(grids.Grid((7, 80, 90), turned), grids.Grid((7, 80, 90), OBLIQUE), "a", "b")
     with pytest.raises(
         GridMismatchError, match=r"a has \(9, 8, 6\) voxels along x, y, z and b has \(9, 8, 7\)"
     ):
-        nifti.check_same_grid(nifti.Grid((6, 8, 9), OBLIQUE), grid, "a", "b")
+        grids.check_same_grid(grids.Grid((6, 8, 9), OBLIQUE), grid, "a", "b")
 
 
 def test_a_mask_array_is_held_against_the_grid():
     run = make_run(DESCENDING)
     mask = (run[0] > 3000).drop_vars("time")
-    inside = nifti.read_mask(mask, nifti.grid_of(run), "run 1")
+    inside = nifti.read_mask(mask, grids.grid_of(run), "run 1")
     np.testing.assert_array_equal(inside, mask.values)
     part = run[:, 1:]
-    np.testing.assert_array_equal(nifti.read_mask(mask[1:], nifti.grid_of(part), "run 1"), mask.values[1:])
+    np.testing.assert_array_equal(nifti.read_mask(mask[1:], grids.grid_of(part), "run 1"), mask.values[1:])
     with pytest.raises(GridMismatchError, match="run 1"):
-        nifti.read_mask(mask[:-1], nifti.grid_of(part), "run 1")
+        nifti.read_mask(mask[:-1], grids.grid_of(part), "run 1")
     with pytest.raises(MaskError, match="dims"):
-        nifti.read_mask(run, nifti.grid_of(run), "run 1")
+        nifti.read_mask(run, grids.grid_of(run), "run 1")
 
 
 # ----------------------------------------------------------------------------------------------------- export
@@ -197,7 +197,7 @@ def test_slices_keep_the_codes_of_the_source(forms, affine):
             np.linalg.qr(OBLIQUE[:3, :3])[0] * [2, 2.5, 3.3], OBLIQUE[:3, 3]
         )  # no shears
     run = make_run(affine, source_header(affine, forms=forms))
-    used = nifti.source_affine(run)
+    used = grids.source_affine(run)
     image = to_nifti(run[:, ::-1, 2:, ::2])
     assert_in_place(image, used)
     codes = (int(image.header["qform_code"]), int(image.header["sform_code"]))
@@ -358,7 +358,7 @@ def test_a_dimension_too_long_for_nifti_1(tmp_path):
     raw = header.binaryblock + b"\0" * 4
     affine = nifti._describe(raw, "test").affine
     values = np.arange(length, dtype=np.float32)[None, None]
-    array = xr.DataArray(values, dims=SPACE, coords=nifti.grid_coords(affine, (1, 1, length), raw))
+    array = xr.DataArray(values, dims=SPACE, coords=grids.grid_coords(affine, (1, 1, length), raw))
     image = to_nifti(array, tmp_path / "long.nii.gz")
     assert isinstance(image, nib.Nifti2Image)
     np.testing.assert_array_equal(np.asarray(image.dataobj).ravel(), values.ravel())
@@ -368,7 +368,7 @@ def test_a_dimension_too_long_for_nifti_1(tmp_path):
     assert bytes(image.header["magic"]).startswith(b"n+2")
     # FreeSurfer's variant for this very length is for NIfTI-1 only.
     ico7 = xr.DataArray(
-        np.zeros((1, 1, 163842), np.uint8), dims=SPACE, coords=nifti.grid_coords(affine, (1, 1, 163842), raw)
+        np.zeros((1, 1, 163842), np.uint8), dims=SPACE, coords=grids.grid_coords(affine, (1, 1, 163842), raw)
     )
     assert to_nifti(ico7).shape == (163842, 1, 1)
 
@@ -476,7 +476,7 @@ def test_points_are_no_grid():
     with pytest.raises(InputError):
         to_nifti(points)
     with pytest.raises(InputError, match="not evenly spaced"):
-        nifti.slice_affine(points)
+        grids.slice_affine(points)
 
 
 def test_export_header_is_that_of_the_file(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import xarray as xr
 import zarr
 
-from chunkglm import convert, nifti, open_run, open_study, save, store, to_nifti, verify
+from chunkglm import convert, grids, open_run, open_study, save, store, to_nifti, verify
 from chunkglm.errors import (
     ChunkGLMError,
     DamagedStoreError,
@@ -648,7 +648,7 @@ def test_slices_of_a_run_are_saved(run, tmp_path, name):
     assert raw.dtype == np.int16
     if "bold" in saved and saved["bold"].ndim == 4 and name != "list":
         # It is still on its grid, and can be cut and saved again.
-        np.testing.assert_allclose(nifti.slice_affine(saved), nifti.slice_affine(part))
+        np.testing.assert_allclose(grids.slice_affine(saved), grids.slice_affine(part))
         again = saved.isel(time=slice(1, -1), y=slice(None, None, -1))
         same(save(again, tmp_path / "again.zarr"), again, tmp_path / "again.zarr")
         np.testing.assert_array_equal(to_nifti(saved["bold"]).get_fdata(), to_nifti(part["bold"]).get_fdata())

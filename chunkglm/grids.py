@@ -1,0 +1,161 @@
+"""Voxel grids: labels of voxels in millimetres, the affine of a slice, whether two grids are the same."""
+
+from __future__ import annotations
+
+import base64
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+import xarray as xr
+
+from chunkglm.errors import GridMismatchError, InputError
+from chunkglm.schema import SPACE
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+SAME_GRID = 0.01
+"""Grids whose corners lie closer than this part of a voxel are the same grid."""
+
+SMALLEST_IN_MM = 0.01
+"""Voxels smaller than this (mm) have coordinates in voxels: those in mm are rounded to 1e-4."""
+
+
+class Grid(NamedTuple):
+    """A voxel grid: lengths along z, y, x, and the affine from voxel numbers (x, y, z) to millimetres."""
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+
+
+def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hashable, xr.Variable]:
+    """Make the coordinates of a voxel grid.
+
+    Parameters
+    ----------
+    affine : ndarray, shape (4, 4)
+        From voxel numbers (x, y, z) to millimetres (RAS+).
+    shape : sequence of int
+        Lengths along z, y, x.
+    header : bytes
+        The source's header, kept for export.
+
+    Returns
+    -------
+    dict
+        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal, else voxel numbers;
+        ``units`` says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and
+        ``header`` (base64).
+    """
+    aligned = np.count_nonzero(affine[:3, :3] - np.diag(np.diag(affine[:3, :3]))) == 0
+    aligned = aligned and bool(voxel_sizes(affine).min() >= SMALLEST_IN_MM)
+    coords: dict[Hashable, xr.Variable] = {}
+    for axis, (dim, length) in enumerate(zip(SPACE[::-1], tuple(shape)[::-1], strict=True)):
+        numbers = np.arange(length, dtype=np.float64)
+        # Adding 0.0 turns -0.0 into 0.0.
+        values = np.round(affine[axis, axis] * numbers + affine[axis, 3], 4) + 0.0 if aligned else numbers
+        coords[dim] = xr.Variable(dim, values, {"units": "mm" if aligned else "voxel"})
+    attrs = {"affine": [float(v) for v in np.ravel(affine)], "header": base64.b64encode(header).decode()}
+    coords["grid"] = xr.Variable((), np.int64(0), attrs)
+    return coords
+
+
+def source_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
+    """Read the affine of the grid that ``obj`` was cut from, shape (4, 4).
+
+    Raises
+    ------
+    InputError
+        If ``obj`` has no ``grid`` coordinate.
+    """
+    values = obj.coords["grid"].attrs.get("affine") if "grid" in obj.coords else None
+    if values is None or np.size(values) != 16:
+        raise InputError(
+            "The data has no voxel grid: the scalar coordinate 'grid' with its attribute 'affine' is missing. Data "
+            "opened by chunkglm has it; give it back with data.assign_coords(grid=run.grid)."
+        )
+    return np.asarray(values, dtype=np.float64).reshape(4, 4)
+
+
+def slice_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
+    """Find the affine of ``obj`` itself, which may be a slice (also strided or reversed) of its source grid.
+
+    Returns
+    -------
+    ndarray, shape (4, 4)
+
+    Raises
+    ------
+    InputError
+        If the voxels of ``obj`` are not evenly spaced voxels of the source grid, or coordinates are missing.
+    """
+    affine = source_affine(obj)
+    out = affine.copy()
+    for axis, dim in enumerate(SPACE[::-1]):
+        first, step = _first_and_step(obj, dim, affine, axis)
+        out[:3, axis] = affine[:3, axis] * step
+        out[:3, 3] += affine[:3, axis] * first
+    return out
+
+
+def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axis: int) -> tuple[int, int]:
+    """Voxel number of the first voxel along ``dim`` in the source grid, and the step to the next."""
+    coordinate = obj.coords.get(dim)
+    if coordinate is None or coordinate.attrs.get("units") not in {"mm", "voxel"}:
+        raise InputError(
+            f"The data has no coordinate {dim!r} with the units 'mm' or 'voxel', so its place in the grid is not "
+            "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting)."
+        )
+    values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
+    if coordinate.attrs["units"] == "mm":
+        values = (values - affine[axis, 3]) / affine[axis, axis]
+    numbers = np.rint(values)
+    even = values.size > 0 and coordinate.dims in {(), (dim,)}
+    even = even and bool(np.isfinite(values).all() and np.abs(values - numbers).max() <= 0.05)
+    steps = np.unique(np.diff(numbers)) if even else np.zeros(2)
+    if steps.size > 1 or 0 in steps:
+        raise InputError(
+            f"The voxels along {dim!r} are not evenly spaced voxels of the source grid, so no affine describes "
+            "them. Select with a slice, or export before selecting."
+        )
+    return int(numbers[0]), int(steps[0]) if steps.size else 1
+
+
+def grid_of(obj: xr.Dataset | xr.DataArray) -> Grid:
+    """Find the voxel grid of ``obj``; a spatial dimension that was selected away has length 1."""
+    sizes = cast("Any", obj.sizes)
+    return Grid((sizes.get("z", 1), sizes.get("y", 1), sizes.get("x", 1)), slice_affine(obj))
+
+
+def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str) -> None:
+    """Refuse two grids that differ by more than rounding.
+
+    Raises
+    ------
+    GridMismatchError
+        If the shapes differ, or a corner lies further away than 1 % of a voxel.
+    """
+    if got.shape != expected.shape:
+        raise GridMismatchError(
+            f"{got_name} has {got.shape[::-1]} voxels along x, y, z and {expected_name} has {expected.shape[::-1]}. "
+            "They must lie on the same grid: resample one to the other first (for example with "
+            "nilearn.image.resample_to_img)."
+        )
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij"))
+    apart = np.linalg.norm(((got.affine - expected.affine) @ corners.reshape(4, -1))[:3], axis=0).max()
+    if apart > SAME_GRID * voxel_sizes(expected.affine).min():
+        raise GridMismatchError(
+            f"{got_name} and {expected_name} have the same shape, but their voxels lie up to {apart:.3g} mm apart "
+            f"(affines {np.round(got.affine, 3).tolist()} and {np.round(expected.affine, 3).tolist()}). Resample "
+            "one to the other, or correct the header that is wrong."
+        )
+
+
+def voxel_sizes(affine: Array) -> NDArray[np.float64]:
+    """Voxel size along x, y, z in millimetres: the norms of the affine's columns."""
+    sizes: NDArray[np.float64] = np.linalg.norm(affine[:3, :3], axis=0)
+    return sizes
