@@ -14,6 +14,7 @@ from chunkglm.design import read_design
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit
 from chunkglm.nifti import to_nifti
+from chunkglm.report import plot, report
 from chunkglm.store import open_run, open_study, save, verify
 
 __all__ = [
@@ -25,7 +26,9 @@ __all__ = [
     "fixed_effects",
     "open_run",
     "open_study",
+    "plot",
     "read_design",
+    "report",
     "save",
     "to_nifti",
     "verify",

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import warnings
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,11 @@ from chunkglm.errors import ChunkGLMError, ChunkGLMWarning, InputError, StoreExi
 from chunkglm.expressions import contrast_name, parse_definition
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit as fit_runs
-from chunkglm.maps import export_maps
+from chunkglm.maps import PROVENANCE, export_maps
+from chunkglm.report import PICTURES, REPORT, save_figure
+from chunkglm.report import plot as draw
+from chunkglm.report import report as write_report
+from chunkglm.report.pictures import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +42,8 @@ if TYPE_CHECKING:
 
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False)
+
+PICTURE_TYPES = (".png", ".svg", ".pdf")
 
 EXISTING = click.Path()
 """Paths are checked where they are used: the messages there say more."""
@@ -47,6 +54,7 @@ class _State:
 
     quiet = False
     verbose = False
+    arguments: tuple[str, ...] = ()
 
 
 # -------------------------------------------------------------------------------------------------------------- options
@@ -61,6 +69,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+_json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists.")
 _memory = click.option(
     "--memory",
@@ -117,6 +126,18 @@ _contrasts = click.option(
     metavar="NAME=EXPRESSION",
     help="NAME=EXPRESSION, NAME=[weights], or a bare expression; may be repeated.",
 )
+_threshold = click.option(
+    "--threshold",
+    type=float,
+    help="Absolute value below which pictures show nothing; corrects for nothing.  [default: 3]",
+)
+_cut_coords = click.option(
+    "--cut-coords",
+    type=float,
+    nargs=3,
+    metavar="X Y Z",
+    help="Millimetres of the point where cuts meet.  [default: the largest absolute value]",
+)
 _precision_weighted = click.option(
     "--precision-weighted", is_flag=True, help="Weight runs by the inverse of their variance at each voxel."
 )
@@ -157,19 +178,75 @@ def _open_runs(paths: tuple[str, ...]) -> dict[str, xr.Dataset]:
     return runs
 
 
+def _print_json(content: Any) -> None:
+    """For programs: nothing else goes to standard output with it."""
+    click.echo(json.dumps(content, indent=2, default=str))
+
+
 # ---------------------------------------------------------------------------------------------------------------- verbs
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+def _remember(context: click.Context, option: click.Parameter, given: bool) -> None:  # noqa: ARG001  (click's)
+    if given and option.name is not None:
+        setattr(_State, option.name, True)
+
+
+def _talk(command: Any) -> Any:
+    """Have -q and -v, before the verb and behind it."""
+    quiet = click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember, help="No progress."
+    )
+    verbose = click.option(
+        "-v",
+        "--verbose",
+        is_flag=True,
+        expose_value=False,
+        callback=_remember,
+        help="A traceback with every error.",
+    )
+    return quiet(verbose(command))
+
+
+class _Verbs(click.Group):
+    """Verbs in the order of the work, each with -q and -v."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        super().add_command(_talk(cmd), name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's)
+        return list(self.commands)
+
+
+FIRST_STEPS = """\
+chunkglm fits fMRI runs that do not fit into memory, and combines them by fixed effects.
+
+See it work on simulated data (seconds, no network):
+  {program} demo
+
+Do it with your own runs:
+  {program} run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv \\
+      --mask mask.nii.gz --smoothing-fwhm 5 --contrast "diff=face - house" --output results
+  then open results/report.html
+
+All verbs: {program} --help; one of them: {program} run --help
+"""
+
+
+@click.group(
+    cls=_Verbs,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="chunkglm")
-@click.option("-q", "--quiet", is_flag=True, help="No progress.")
-@click.option("-v", "--verbose", is_flag=True, help="A traceback with every error.")
-def cli(*, quiet: bool, verbose: bool) -> None:
+@_talk
+@click.pass_context
+def cli(context: click.Context) -> None:
     """First-level fMRI models and fixed effects on data larger than memory.
 
     The whole job is `chunkglm run`; `chunkglm demo` shows it on simulated data.
     """
-    _State.quiet, _State.verbose = quiet, verbose
+    if context.invoked_subcommand is None:
+        click.echo(FIRST_STEPS.format(program=demonstration.program()), nl=False)
 
 
 @cli.command()
@@ -192,7 +269,7 @@ def convert(source: str, store: str, *, overwrite: bool, memory: str, **options:
 
 @cli.command()
 @click.argument("store", type=EXISTING)
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@_json
 def info(store: str, *, as_json: bool) -> None:
     """Say what is in STORE, a run, a study, a fit, contrasts or fixed effects.
 
@@ -205,7 +282,7 @@ def info(store: str, *, as_json: bool) -> None:
     else:
         described = {Path(store).name: _describe(stores.open_store(store))}
     if as_json:
-        click.echo(json.dumps(described, indent=2, default=str))
+        _print_json(described)
         return
     for name, about in described.items():
         table = Table(title=name, show_header=False, title_justify="left")
@@ -264,7 +341,7 @@ def fit(
 ) -> None:
     """Fit the run stores RUN (or all runs of a study).
 
-    Example: chunkglm fit study.zarr --design d1.csv --design d2.csv --output fit.zarr
+    Example: chunkglm fit study.zarr --design design1.csv --design design2.csv --output fit.zarr
     """
     stores.check_free(output, overwrite=overwrite)
     names = read_column_names(column_names) if column_names else None
@@ -345,6 +422,92 @@ def export(store: str, output: str, *, overwrite: bool) -> None:
 
 
 @cli.command()
+@click.argument("map_", metavar="MAP", type=EXISTING)
+@click.option(
+    "--background",
+    type=EXISTING,
+    help="Image to draw it on, such as the mean image; or a run store, for its mean image.",
+)
+@_threshold
+@_cut_coords
+@click.option(
+    "--kind",
+    type=click.Choice(KINDS),
+    default="ortho",
+    show_default=True,
+    help="Cuts, axial slices, or a glass brain.",
+)
+@click.option("--slices", metavar="Z,Z,...", help="Millimetres of the slices of a mosaic, with commas.")
+@click.option("--title", help="A line over the picture.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="File: .png, .svg or .pdf.")
+@_overwrite
+def plot(
+    map_: str,
+    output: Path,
+    *,
+    background: str | None,
+    threshold: float | None,
+    cut_coords: tuple[float, float, float] | None,
+    slices: str | None,
+    overwrite: bool,
+    **options: Any,
+) -> None:
+    r"""Draw the NIfTI map MAP.
+
+    \b
+    Example: chunkglm plot results/maps/contrast-diff_stat-z_statmap.nii.gz
+                 --background results/maps/mean_image.nii.gz --threshold 3 --output diff.png
+    """
+    if output.suffix.lower() not in PICTURE_TYPES:
+        raise InputError(
+            f"{output} is no picture that can be written: its name ends with {', '.join(PICTURE_TYPES)}."
+        )
+    if output.exists() and not overwrite:
+        raise StoreExistsError(f"{output} exists. Choose another --output, or say --overwrite.")
+    if slices is not None and (cut_coords is not None or options["kind"] != "mosaic"):
+        raise InputError("--slices is for --kind mosaic; orthogonal cuts take --cut-coords X Y Z.")
+    if cut_coords is not None and options["kind"] == "mosaic":
+        raise InputError(
+            "--cut-coords is for orthogonal cuts; a mosaic takes --slices Z,Z,... in millimetres."
+        )
+    under = (
+        stores.open_run(background)["mean_image"] if background and Path(background).is_dir() else background
+    )
+    figure = draw(
+        map_,
+        under,
+        threshold=3.0 if threshold is None else threshold,
+        cut_coords=cut_coords if slices is None else _numbers(slices),
+        **options,
+    )
+    save_figure(figure, output)
+    OUT.print(f"Wrote {output}", soft_wrap=True, markup=False)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise InputError(
+            f"--slices is {text!r}; it must be numbers with commas between them: -20,0,20."
+        ) from error
+
+
+@cli.command()
+@click.argument("results", type=click.Path(path_type=Path))
+@_threshold
+@_cut_coords
+def report(results: Path, threshold: float | None, cut_coords: tuple[float, float, float] | None) -> None:
+    """Draw pictures and report of the finished job in the folder RESULTS again.
+
+    Example: chunkglm report results --threshold 4
+    """
+    with stage(ERR, "Drawing", "pictures", quiet=_State.quiet) as progress:
+        path = write_report(results, threshold=threshold, cut_coords=cut_coords, progress=progress)
+    OUT.print(f"Wrote {path}", soft_wrap=True, markup=False)
+
+
+@cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
 @_design
 @_contrasts
@@ -355,11 +518,22 @@ def export(store: str, output: str, *, overwrite: bool) -> None:
 @_smoothing
 @_model
 @_precision_weighted
+@_threshold
+@_cut_coords
 @_memory
 @_n_threads
 @_overwrite
-def run(contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, **options: Any) -> None:
-    r"""Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps.
+@_json
+def run(
+    contrasts: tuple[str, ...],
+    column_names: str | None,
+    signal_scaling: str,
+    threshold: float | None,
+    *,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    r"""Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps, report.
 
     \b
     Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv
@@ -369,10 +543,15 @@ def run(contrasts: tuple[str, ...], column_names: str | None, signal_scaling: st
         contrasts=_read_contrasts(contrasts),
         column_names=read_column_names(column_names) if column_names else None,
         signal_scaling=_scaling(signal_scaling),
-        command=("chunkglm", *sys.argv[1:]),
+        threshold=3.0 if threshold is None else threshold,
+        command=("chunkglm", *_State.arguments),
         **options,
     )
-    _report(jobs.run_job(job, ERR, quiet=_State.quiet), job.output)
+    summary = jobs.run_job(job, ERR, quiet=_State.quiet)
+    if as_json:
+        _print_json({"output": job.output, **asdict(summary)})
+    else:
+        _show(summary, job.output)
 
 
 @cli.command()
@@ -383,46 +562,63 @@ def run(contrasts: tuple[str, ...], column_names: str | None, signal_scaling: st
     show_default=True,
     help="Folder.",
 )
+@click.option(
+    "--data",
+    type=click.Choice(["simulated", "fiac"]),
+    default="simulated",
+    show_default=True,
+    help="fiac: the recordings of the reference example, which nilearn downloads once (about 100 MB) to the folder that "
+    "NILEARN_DATA names, by default nilearn_data in the home folder.",
+)
 @_overwrite
-def demo(output: Path, *, overwrite: bool) -> None:
-    """Do the whole job on two simulated sessions with known truth; needs no data and no network.
+def demo(output: Path, data: str, *, overwrite: bool) -> None:
+    """Do the whole job on two sessions: simulated ones with known truth, which need no data and no network.
 
     Example: chunkglm demo --output demo-results
     """
-    outcome = demonstration.run_demo(output, ERR, quiet=_State.quiet, overwrite=overwrite)
-    OUT.print("Two simulated sessions, smoothed by 5 mm; the same as this command:", soft_wrap=True)
-    OUT.print(f"  {outcome.command}", soft_wrap=True, markup=False)
-    _report(outcome.summary, output)
+    act = demonstration.run_fiac if data == "fiac" else demonstration.run_simulated
+    outcome = act(output, ERR, quiet=_State.quiet, overwrite=overwrite)
+    OUT.print(f"{outcome.about} The same as this command:", soft_wrap=True, markup=False)
+    OUT.print(f"  {outcome.command}\n", soft_wrap=True, markup=False)
+    _show(outcome.summary, output)
     for line in outcome.lines:
-        OUT.print(line, soft_wrap=True, markup=False)
+        OUT.print(f"\n{line}", soft_wrap=True, markup=False)
 
 
-def _report(summary: jobs.Summary, output: Path) -> None:
-    """What was written, and the peaks."""
+def _show(summary: jobs.Summary, output: Path) -> None:
+    """What was found, and where it is."""
     if summary.up_to_date:
-        OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
-    table = Table(box=None, pad_edge=False)
-    for heading in ("contrast", "of", "dof", "peak t", "peak z", "at x, y, z (mm)", "voxels"):
-        left = heading in ("contrast", "of")
-        table.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=not left)
-    for entry in summary.peaks:
-        of = "fixed effects" if entry["run"] is None else f"run {entry['run']}"
-        numbers = ["-"] * 4
-        if entry["z"] is not None:
-            mm = ", ".join(f"{v:.1f}" for v in entry["mm"])
-            numbers = [f"{entry['dof']:g}", f"{entry['t']:.2f}", f"{entry['z']:.2f}", mm]
-        table.add_row(entry["contrast"], of, *numbers, f"{entry['voxels']:,}")
-    OUT.print(table)
-    if not summary.up_to_date:
-        for what, where in (
-            ("maps", "maps"),
-            ("fit", "fit.zarr"),
-            ("runs", "runs.zarr"),
-            ("provenance", jobs.PROVENANCE),
-        ):
-            OUT.print(f"{what:>10}: {output / where}", soft_wrap=True, markup=False)
+        OUT.print(
+            f"{output} is up to date: made from the same data with the same options.",
+            soft_wrap=True,
+            markup=False,
+        )
+    for name in dict.fromkeys(entry["contrast"] for entry in summary.peaks):
+        OUT.print(_peak_table(name, [entry for entry in summary.peaks if entry["contrast"] == name]))
+    places = [("maps", "maps"), ("fit", "fit.zarr"), ("runs", "runs.zarr"), ("provenance", PROVENANCE)]
+    if summary.report is not None:
+        places = [("report", REPORT), ("pictures", PICTURES), *places]
+    OUT.print()
+    for what, where in places:
+        OUT.print(f"{what:>10}: {output / where}", soft_wrap=True, markup=False)
     memory = "" if summary.peak_memory is None else f", peak memory {summary.peak_memory / 1e6:.0f} MB"
     OUT.print(f"{summary.seconds:.1f} s{memory}")
+
+
+def _peak_table(contrast: str, entries: list[dict[str, Any]]) -> Table:
+    """Where the maps of a contrast are highest and lowest."""
+    table = Table(title=contrast, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for heading in ("dof", "highest z", "at x, y, z mm", "lowest z", "at x, y, z mm"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for entry in entries:
+        cells = ["-"] * 5
+        if entry["highest"] is not None:
+            cells = [f"{entry['highest']['dof']:g}"]
+            for end in (entry["highest"], entry["lowest"]):
+                cells += [f"{end['z']:.2f}", ", ".join(f"{v:.1f}" for v in end["mm"])]
+        table.add_row("fixed effects" if entry["run"] is None else f"run {entry['run']}", *cells)
+    return table
 
 
 # --------------------------------------------------------------------------------------------------------------- errors
@@ -454,6 +650,8 @@ def _say(kind: str, message: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 1 on failure, with 2 on wrong usage."""
     return_freed_memory()
+    _State.quiet, _State.verbose = False, False
+    _State.arguments = tuple(sys.argv[1:] if arguments is None else arguments)
     try:
         with _warnings_in_words():
             status = cli.main(args=arguments, prog_name="chunkglm", standalone_mode=False)

@@ -1,4 +1,4 @@
-"""The whole job: runs to stores, fit, contrasts, fixed effects, maps with sidecars, provenance.
+"""The whole job: runs to stores, fit, contrasts, fixed effects, maps with sidecars, provenance, report.
 
 What exists is kept where it was made from the same content with the same options, made again where it was not. What
 content and options are is said by keys: hashes of whatever changes a number, never of paths, times or settings of memory.
@@ -13,7 +13,8 @@ import platform
 import shlex
 import sys
 import time
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,11 +29,13 @@ from chunkglm.cluster import stage, threads
 from chunkglm.contrasts import check_contrast, contrast
 from chunkglm.convert import convert
 from chunkglm.design import as_design, read_design
-from chunkglm.errors import InputError, StoreError, StoreExistsError
+from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError, StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import check_options, fit
-from chunkglm.maps import peak, write_json, write_maps
-from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, SPACE, canonical_json
+from chunkglm.maps import MEAN_IMAGE, PROVENANCE, peaks, write_json, write_maps
+from chunkglm.report import PICTURES, REPORT, picture_names, report
+from chunkglm.report.cuts import check_within
+from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, canonical_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,8 +45,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     Definition = str | Sequence[float]
-
-PROVENANCE = "provenance.json"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Job:
     precision_weighted: bool = False
     memory: str = "2GiB"
     n_threads: int = field(default_factory=plan.available_cpus)
+    threshold: float = 3.0
+    cut_coords: tuple[float, float, float] | None = None
     overwrite: bool = False
     command: tuple[str, ...] = ()
 
@@ -74,9 +77,12 @@ class Summary:
 
     up_to_date: bool
     outputs: list[str]
+    """Maps with their sidecars, relative to the folder of the results."""
     peaks: list[dict[str, Any]]
     seconds: float
     peak_memory: int | None
+    report: Path | None = None
+    pictures: list[Path] = field(default_factory=list)
 
 
 def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
@@ -99,6 +105,12 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
     ChunkGLMError
         Of the kind that fits what is wrong; what can be checked without the data is checked first.
     """
+    summary = _do_job(job, console, quiet=quiet)
+    return _with_report(job, summary, console, quiet=quiet)
+
+
+def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
+    """Everything but the report; the provenance is written last and says that the numbers are complete."""
     started = time.monotonic()
     designs = _check_inputs(job)
     previous = _previous(job.output)
@@ -115,14 +127,50 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
     sources = [run.attrs["source_sha256"] for run in runs.values()]
     with threads(_fit_threads(job, runs, designs)):
         fitted = _fit_all(job, runs, designs, console, quiet=quiet)
-        for old in (previous or {}).get("outputs", []):
-            _inside(job.output, old).unlink(missing_ok=True)
+        _remove_old(job, previous)
         outputs, peaks = _write_all(job, fitted, runs, console, quiet=quiet)
     summary = Summary(False, outputs, peaks, time.monotonic() - started, peak_memory())
     write_json(
         job.output / PROVENANCE, _provenance(job, _job_key(job, designs, sources), runs, fitted, summary)
     )
     return summary
+
+
+def _remove_old(job: Job, previous: dict[str, Any] | None) -> None:
+    """Remove the maps, pictures and report of the job that is replaced."""
+    names = [*(previous or {}).get("outputs", []), REPORT]
+    for entry in (previous or {}).get("peaks", []):
+        names += [f"{PICTURES}/{name}" for name in picture_names(entry["contrast"], entry["run"])]
+    for name in names:
+        _inside(job.output, name).unlink(missing_ok=True)
+
+
+def _with_report(job: Job, summary: Summary, console: Console, *, quiet: bool) -> Summary:
+    """Draw pictures and report where they are not there, or other cuts are asked for."""
+    provenance = _previous(job.output) or {}
+    asked = _picture_options(job)
+    names = [f"{PICTURES}/{name}" for e in summary.peaks for name in picture_names(e["contrast"], e["run"])]
+    wanted = [job.output / name for name in (REPORT, *names)]
+    if provenance.get("pictures") != asked or not all(path.is_file() for path in wanted):
+        write_json(job.output / PROVENANCE, {**provenance, "pictures": asked})
+        try:
+            with stage(console, "Drawing", "pictures", quiet=quiet) as progress:
+                report(job.output, progress=progress)
+        except MissingDependencyError as error:
+            warnings.warn(
+                f"The maps are complete, but there are no pictures and no report. {error} Then: chunkglm report {job.output}",
+                ChunkGLMWarning,
+                stacklevel=2,
+            )
+            return summary
+    return replace(summary, report=wanted[0], pictures=wanted[1:])
+
+
+def _picture_options(job: Job) -> dict[str, Any]:
+    return {
+        "threshold": job.threshold,
+        "cut_coords": None if job.cut_coords is None else list(job.cut_coords),
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
@@ -132,6 +180,8 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
     """Everything that can be known before the data is read; returns the designs by run label."""
     check_options(job.noise_model, job.signal_scaling, job.compat)
     plan.parse_memory(job.memory)
+    if not (np.isfinite(job.threshold) and job.threshold >= 0):
+        raise InputError(f"The threshold of the pictures is {job.threshold}; it must be 0 or more.")
     if len(job.designs) != len(job.runs):
         raise InputError(
             f"There are {len(job.runs)} runs and {len(job.designs)} designs. Give --design once for each run, in their order."
@@ -143,6 +193,7 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
             grid = grids.Grid(reader.shape[1:], reader.header.affine)
         if job.mask is not None:
             nifti.read_mask(job.mask, grid, run)
+        check_within(grid, list(enumerate(job.cut_coords or ())))
         design = read_design(path, columns=names_for(path, job.column_names))
         if len(design) != n_volumes:
             raise InputError(
@@ -186,7 +237,7 @@ def _check_output(job: Job, previous: dict[str, Any] | None, *, current: bool) -
             f"{job.output} holds the result of another job (other data, designs, contrasts or options). Choose another "
             "--output, or say --overwrite."
         )
-    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data", PROVENANCE}
+    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data", PICTURES, REPORT, PROVENANCE}
     strangers = (
         [entry.name for entry in job.output.iterdir() if entry.name not in known]
         if job.output.is_dir()
@@ -325,7 +376,8 @@ def _write_all(
     folder = job.output / "maps"
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [run.attrs["source_name"] for run in runs.values()]
-    outputs, peaks = [], []
+    nifti.to_nifti(_mean_of(runs), folder / MEAN_IMAGE, overwrite=True)
+    outputs, found = [folder / MEAN_IMAGE], []
     total, done = len(job.contrasts) * (len(runs) + 1), 0
     with stage(console, "Writing maps", "contrasts", quiet=quiet) as progress:
         for name, definition in job.contrasts.items():
@@ -339,11 +391,20 @@ def _write_all(
             for label, one, of in entries:
                 maps = one.compute()
                 outputs += write_maps(maps, folder, name, run=label, inputs=of)
-                peaks.append({"contrast": name, "run": label, **peak(maps)})
+                found.append({"contrast": name, "run": label, **peaks(maps)})
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    return [os.path.relpath(path, job.output) for path in outputs], peaks
+    return [os.path.relpath(path, job.output) for path in outputs], found
+
+
+def _mean_of(runs: Mapping[str, xr.Dataset]) -> xr.DataArray:
+    """Mean of the runs' mean images, with one of them in memory at a time."""
+    first, *others = (run["mean_image"] for run in runs.values())
+    total = first.astype(np.float64).compute()
+    for other in others:
+        total = total.copy(data=total.values + other.values)
+    return (total / len(runs)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------- provenance
@@ -363,11 +424,10 @@ def _provenance(
     job: Job, key: str, runs: Mapping[str, xr.Dataset], fitted: xr.Dataset, summary: Summary
 ) -> dict[str, Any]:
     packages = ("numpy", "scipy", "xarray", "dask", "zarr", "nibabel", "pandas")
-    fitted_voxels = fitted["sigma2"].notnull().sum(SPACE).values
-    asked = fitted["mask"].sum(SPACE).values
     return {
         "key": key,
         "command": shlex.join(job.command),
+        "working_directory": str(Path.cwd()),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": round(summary.seconds, 2),
         "peak_memory_bytes": summary.peak_memory,
@@ -386,6 +446,7 @@ def _provenance(
             "memory": job.memory,
             "n_threads": job.n_threads,
         },
+        "pictures": _picture_options(job),
         "mask": None if job.mask is None else {"path": job.mask, "sha256": nifti.source_sha256(job.mask)},
         "runs": [
             {
@@ -396,14 +457,34 @@ def _provenance(
                 "design_sha256": _sha256(design),
                 "volumes": run.sizes["time"],
                 "repetition_time": run.attrs["repetition_time"],
-                "dof": float(dof),
-                "voxels_in_mask": int(in_mask),
-                "voxels_fitted": int(n_fitted),
+                **_about_fit(fitted.isel(run=number), run, job),
             }
-            for (label, run), path, design, dof, in_mask, n_fitted in zip(
-                runs.items(), job.runs, job.designs, fitted["dof"].values, asked, fitted_voxels, strict=True
+            for number, ((label, run), path, design) in enumerate(
+                zip(runs.items(), job.runs, job.designs, strict=True)
             )
         ],
         "peaks": summary.peaks,
         "outputs": summary.outputs,
+    }
+
+
+def _about_fit(fitted: xr.Dataset, run: xr.Dataset, job: Job) -> dict[str, Any]:
+    """What became of the voxels of a run, and why those that were left out were."""
+    in_mask, alive = fitted["mask"].values.astype(bool), np.isfinite(fitted["sigma2"].values)
+    lost = run["mean_image"].values[in_mask & ~alive]
+    reasons = {"values that are not finite": ~np.isfinite(lost)}
+    if job.signal_scaling == "voxel":
+        before = "" if job.smoothing_fwhm is None else " (before smoothing)"
+        with np.errstate(invalid="ignore"):
+            reasons[f"temporal mean of 0 or less{before}"] = lost <= 0
+    reasons["no variance in time"] = ~np.any(list(reasons.values()), axis=0)
+    return {
+        "regressors": int((fitted["column"].values >= 0).sum()),
+        "dof": float(fitted["dof"]),
+        "ar_median": float(np.median(fitted["rho"].isel(lag=0).values[alive]))
+        if "rho" in fitted and alive.any()
+        else None,
+        "voxels_in_mask": int(in_mask.sum()),
+        "voxels_fitted": int((in_mask & alive).sum()),
+        "voxels_left_out": {reason: int(which.sum()) for reason, which in reasons.items() if which.any()},
     }

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     import xarray as xr
 
+PROVENANCE, MEAN_IMAGE = "provenance.json", "mean_image.nii.gz"
+"""In the folder of results, and in its ``maps``."""
+
 MAPS = {"effect": "effect", "variance": "variance", "stat": "t", "p_value": "p", "z_score": "z"}
 """Variables that are written as maps, and what they are called in file names."""
 
@@ -28,6 +31,11 @@ MEANING = {
     "p_value": "one-sided p value (right tail)",
     "z_score": "signed standard normal score with the p value of the statistic",
 }
+
+
+def map_name(contrast: str, suffix: str, run: str | None = None) -> str:
+    """File name, without its ending, of a map (``suffix`` t, z, ...) of a run or of the fixed effects."""
+    return f"{'' if run is None else f'run-{run}_'}contrast-{contrast}_stat-{suffix}_statmap"
 
 
 def write_maps(
@@ -53,12 +61,11 @@ def write_maps(
         Everything that was written: a map for effect, variance, t, p and z (0 where the statistic is not a number), a
         sidecar for each, and the mask of the voxels that have a statistic.
     """
-    prefix = "" if run is None else f"run-{run}_"
     written = []
     definitions = json.loads(maps.attrs["definition"])
     dof = maps["dof"].values[np.isfinite(maps["dof"].values)]
     for variable, suffix in MAPS.items():
-        path = folder / f"{prefix}contrast-{name}_stat-{suffix}_statmap.nii.gz"
+        path = folder / f"{map_name(name, suffix, run)}.nii.gz"
         nifti.to_nifti(maps[variable].fillna(0), path, overwrite=True)
         sidecar = {
             "Description": f"{MEANING[variable]}; {'fixed effects' if run is None else f'run {run}'}",
@@ -80,7 +87,7 @@ def write_maps(
         side_path = path.with_name(path.name.removesuffix(".nii.gz") + ".json")
         write_json(side_path, sidecar)
         written += [path, side_path]
-    mask_path = folder / f"{prefix}contrast-{name}_mask.nii.gz"
+    mask_path = folder / f"{'' if run is None else f'run-{run}_'}contrast-{name}_mask.nii.gz"
     nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
     return [*written, mask_path]
 
@@ -115,32 +122,38 @@ def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
     return written
 
 
-def peak(maps: xr.Dataset) -> dict[str, Any]:
-    """Where the z score is largest.
+def peaks(maps: xr.Dataset) -> dict[str, Any]:
+    """Where the z score is highest and where it is lowest.
 
     Returns
     -------
     dict
-        ``z``, ``t``, ``dof``, ``mm`` (x, y, z in millimetres), ``voxels`` with a statistic; the first four None where there
-        is none.
+        ``voxels`` with a statistic, and ``highest`` and ``lowest``: dicts of ``z``, ``t``, ``dof`` and ``mm`` (x, y, z in
+        millimetres), None where there is no statistic.
     """
     z = maps["z_score"].transpose(*SPACE).values
-    if not np.isfinite(z).any():
-        return {"z": None, "t": None, "dof": None, "mm": None, "voxels": 0}
-    place = np.unravel_index(np.nanargmax(z), z.shape)
-    mm = grids.slice_affine(maps) @ [*place[::-1], 1]
-    dof = maps["dof"].values
-    return {
-        "z": float(z[place]),
-        "t": float(maps["stat"].transpose(*SPACE).values[place]),
-        "dof": float(dof[place] if dof.ndim else dof),
-        "mm": [round(float(v), 1) for v in mm[:3]],
-        "voxels": int(np.isfinite(z).sum()),
-    }
+    voxels = int(np.isfinite(z).sum())
+    if not voxels:
+        return {"voxels": 0, "highest": None, "lowest": None}
+    t, dof = maps["stat"].transpose(*SPACE).values, maps["dof"].values
+    affine = grids.slice_affine(maps)
+
+    def at(number: np.intp) -> dict[str, Any]:
+        place = np.unravel_index(number, z.shape)
+        return {
+            "z": float(z[place]),
+            "t": float(t[place]),
+            "dof": float(dof[place] if dof.ndim else dof),
+            "mm": [round(float(v), 3) for v in (affine @ [*place[::-1], 1])[:3]],
+        }
+
+    return {"voxels": voxels, "highest": at(np.nanargmax(z)), "lowest": at(np.nanargmin(z))}
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A file name that is not UTF-8 becomes an escape of JSON.
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(path)

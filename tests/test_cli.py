@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import xarray as xr
 
 import chunkglm as cg
-from chunkglm.cli import main
+from chunkglm.cli import cli, main
 from chunkglm.testing import write_simulated_run
 
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,12 @@ def test_run__leaves_stores_maps_sidecars_and_provenance(finished, data):
     assert [run["volumes"] for run in provenance["runs"]] == [66, 72]
     assert provenance["mask"]["path"] == str(data / "mask.nii.gz")
     assert all((finished / name).is_file() for name in provenance["outputs"])
-    assert len(provenance["outputs"]) == 3 * 11
+    assert len(provenance["outputs"]) == 3 * 11 + 1
+    means = [
+        run["mean_image"].values for run in map(cg.open_run, sorted((finished / "runs.zarr").glob("run-*")))
+    ]
+    mean = nib.load(maps / "mean_image.nii.gz").get_fdata().T
+    np.testing.assert_allclose(mean, np.mean(means, axis=0, dtype=np.float64), rtol=1e-6)
 
 
 def test_run__is_the_api(finished, data):
@@ -249,7 +255,7 @@ def test_verbs__one_by_one_give_the_maps_of_run(finished, data, tmp_path):
     assert call("combine", tmp_path / "con.zarr", "--output", tmp_path / "fixed.zarr") == 0
     for store in ("con.zarr", "fixed.zarr"):
         assert call("export", tmp_path / store, "--output", tmp_path / "maps", "--overwrite") == 0
-    for path in (finished / "maps").glob("*.nii.gz"):
+    for path in (finished / "maps").glob("*contrast*.nii.gz"):
         np.testing.assert_array_equal(
             nib.load(tmp_path / "maps" / path.name).get_fdata(), nib.load(path).get_fdata()
         )
@@ -294,12 +300,97 @@ def test_demo__recovers_the_truth_and_combines_to_a_higher_peak(tmp_path, capsys
     assert "--contrast 'DSt_minus_SSt=[-1,-1,1,1]'" in command
 
 
-@pytest.mark.parametrize(
-    "verb", ["convert", "info", "verify", "fit", "contrast", "combine", "export", "run", "demo"]
-)
-def test_help__has_an_example(verb, capsys):
+VERBS = ["convert", "info", "run", "verify", "fit", "contrast", "combine", "export", "plot", "report", "demo"]
+"""In an order in which each finds what its example names."""
+
+
+def example(verb, capsys):
+    """The example of a verb, from its help, as arguments."""
     assert call(verb, "--help") == 0
-    assert f"chunkglm {verb}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    words = shlex.split(re.search(r"Example: (chunkglm .*?)\n\n", text, flags=re.DOTALL)[1])
+    assert words[:2] == ["chunkglm", verb]
+    return words[1:]
+
+
+def with_names(data, folder):
+    """The sessions as the help and the README call them: run1.nii.gz, ..., with regressors face and house."""
+    for n in (1, 2):
+        shutil.copy(data / f"run{n}.nii.gz", folder)
+        design = cg.read_design(data / f"run{n}_design.npz").rename(columns={"DSt": "face", "SSt": "house"})
+        for name in (f"run{n}_design.csv", f"design{n}.csv"):
+            design.to_csv(folder / name, index=False)
+    shutil.copy(data / "mask.nii.gz", folder)
+
+
+def test_help__every_example_runs_as_it_stands(data, tmp_path, monkeypatch, capsys):
+    assert sorted(VERBS) == sorted(cli.commands)
+    with_names(data, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for verb in VERBS:
+        assert call(*example(verb, capsys)) == 0, verb
+        if verb == "convert":
+            assert call("convert", "run2.nii.gz", "study.zarr/run-2", "--mask", "mask.nii.gz") == 0
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made > {
+        "study.zarr",
+        "fit.zarr",
+        "contrasts.zarr",
+        "fixed.zarr",
+        "maps",
+        "results",
+        "diff.png",
+        "demo-results",
+    }
+
+
+def test_no_verb__says_what_to_do_first(capsys):
+    assert call() == 0
+    out, err = capsys.readouterr()
+    assert "chunkglm demo" in out
+    assert "chunkglm run run1.nii.gz" in out
+    assert err == ""
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_quiet__before_and_behind_the_verb(before, data, tmp_path, capsys):
+    words = ["convert", data / "run1.nii.gz", tmp_path / "run.zarr"]
+    words.insert(0 if before else 1, "-q")
+    assert call(*words) == 0
+    assert capsys.readouterr().err == ""
+    assert call("verify", tmp_path / "run.zarr", "-q") == 0
+    assert call("convert", data / "run2.nii.gz", tmp_path / "run-2.zarr") == 0
+    assert "72 of 72 volumes" in capsys.readouterr().err, "quiet is for one command"
+
+
+def test_run__json_is_all_that_goes_to_standard_output(data, tmp_path, capsys):
+    words = [*job(data, "diff=[-1,-1,1,1]"), "--output", tmp_path / "results", "--json"]
+    for again in (False, True):
+        assert call(*words) == 0
+        out, err = capsys.readouterr()
+        told = json.loads(out)
+        assert told["up_to_date"] is again
+        assert told["report"] == str(tmp_path / "results" / "report.html")
+        assert [(peak["run"], peak["contrast"]) for peak in told["peaks"]] == [
+            (n, "diff") for n in (None, "1", "2")
+        ]
+        assert all((tmp_path / "results" / name).is_file() for name in told["outputs"])
+        assert all(Path(name).is_file() for name in told["pictures"])
+        assert "\x1b" not in err, "no terminal, no colours"
+
+
+def test_run__tells_the_peaks_of_its_maps(finished, capsys, data):
+    assert call(*job(data), "--output", finished, "--json") == 0
+    for entry in json.loads(capsys.readouterr().out)["peaks"]:
+        prefix = "" if entry["run"] is None else f"run-{entry['run']}_"
+        image = nib.load(finished / "maps" / f"{prefix}contrast-diff_stat-z_statmap.nii.gz")
+        z = image.get_fdata()
+        for end, place in (("highest", z.argmax()), ("lowest", z.argmin())):
+            index = np.unravel_index(place, z.shape)
+            assert entry[end]["z"] == z[index]
+            np.testing.assert_allclose(
+                entry[end]["mm"], nib.affines.apply_affine(image.affine, index), atol=1e-3
+            )
 
 
 def test_module_and_script__are_the_command_line():
@@ -459,11 +550,7 @@ def test_readme__python_runs_as_it_stands(data, tmp_path, monkeypatch):
         r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
     )[1]
     monkeypatch.chdir(tmp_path)
-    for n in (1, 2):
-        shutil.copy(data / f"run{n}.nii.gz", tmp_path)
-        design = cg.read_design(data / f"run{n}_design.npz").rename(columns={"DSt": "face", "SSt": "house"})
-        design.to_csv(f"run{n}_design.csv", index=False)
-    shutil.copy(data / "mask.nii.gz", tmp_path)
+    with_names(data, tmp_path)
     names = {}
     exec(compile(code, "README.md", "exec"), names)
     np.testing.assert_array_equal(nib.load("z.nii.gz").get_fdata().T, names["combined"].z_score.values)

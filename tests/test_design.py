@@ -83,6 +83,15 @@ def test_read_design__npz_with_names(tmp_path, save, key):
     pd.testing.assert_frame_equal(read_design(tmp_path / "d.npz"), pd.DataFrame(X, columns=NAMES))
 
 
+def test_read_design__npz_with_names_in_bytes(tmp_path):
+    names = ["Gesicht", "Häuser", "x"]
+    np.savez(tmp_path / "d.npz", X=matrix(), conditions=np.array([name.encode() for name in names]))
+    assert list(read_design(tmp_path / "d.npz").columns) == names
+    np.savez(tmp_path / "d.npz", X=matrix(), conditions=np.array([b"a", b"\xff", b"c"]))
+    with pytest.raises(DesignError, match="UTF-8"):
+        read_design(tmp_path / "d.npz")
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.int16, np.uint8, bool, ">f8"])
 def test_read_design__npz_without_names(tmp_path, dtype):
     X = (matrix() > 0).astype(dtype)

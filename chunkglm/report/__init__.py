@@ -1,0 +1,7 @@
+"""Pictures and reports (extra ``report``)."""
+
+from chunkglm.report.figures import save_figure
+from chunkglm.report.page import PICTURES, REPORT, picture_names, report
+from chunkglm.report.pictures import plot
+
+__all__ = ["PICTURES", "REPORT", "picture_names", "plot", "report", "save_figure"]
