@@ -10,6 +10,7 @@ import math
 import os
 import re
 import textwrap
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
@@ -372,8 +373,11 @@ def _colour_bar(figure: Figure, look: _Look, vmax: float, *, nothing: bool) -> N
     bar.outline.set_linewidth(0.5)
     axes.set_title(look.label, color="white", fontsize=9, parse_math=False)
     if nothing:
-        text = f"nothing beyond ±{look.threshold:g}"
-        _write(figure, 0.5, 0.01 + 0.02 / height, text, size=8, ha="center", va="bottom")
+        _say_nothing(figure, look.threshold)
+
+
+def _say_nothing(figure: Figure, threshold: float) -> None:
+    _write(figure, 0.5, 0.02, f"nothing beyond ±{threshold:g}", size=8, ha="center", va="bottom")
 
 
 def _write(figure: Figure, x: float, y: float, text: str, *, size: float, **options: Any) -> None:
@@ -391,10 +395,14 @@ def _glass(array: xr.DataArray, threshold: float, title: str | None, vmax: float
     values = array.astype(np.float64).fillna(0).compute()
     vmax = vmax or float(np.abs(values).max()) or max(2 * threshold, 1.0)
     figure = figure_class()(figsize=(WIDTH, 3.0), facecolor="black")
-    plot_glass_brain(
-        nifti.to_nifti(values), figure=figure, threshold=threshold or None, plot_abs=False, vmin=-vmax, vmax=vmax,
-        symmetric_cbar=True, black_bg=True, colorbar=True, cmap=_colours(), alpha=0.7,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "empty mask")
+        plot_glass_brain(
+            nifti.to_nifti(values), figure=figure, threshold=threshold or None, plot_abs=False, vmin=-vmax, vmax=vmax,
+            symmetric_cbar=True, black_bg=True, colorbar=True, cmap=_colours(), alpha=0.7,
+        )  # fmt: skip
+    if not _beyond(values.values, threshold).count():
+        _say_nothing(figure, threshold)
     if title:
         _write(figure, 0.01, 0.985, title, size=11)
     return figure
