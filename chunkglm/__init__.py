@@ -15,7 +15,7 @@ from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit
 from chunkglm.nifti import to_nifti
 from chunkglm.report import plot, report
-from chunkglm.store import open_run, open_study, save, verify
+from chunkglm.store import open_run, open_store, open_study, save, verify
 
 __all__ = [
     "__version__",
@@ -25,6 +25,7 @@ __all__ = [
     "fit",
     "fixed_effects",
     "open_run",
+    "open_store",
     "open_study",
     "plot",
     "read_design",

@@ -92,7 +92,7 @@ def run_simulated(output: Path, console: Console, *, quiet: bool = False, overwr
     )
     command, summary = _run(job, console, quiet=quiet)
     effect = nifti.read_map(output / "maps" / f"{map_name(CONTRAST, 'effect')}.nii.gz").values
-    lines = [_recovery(truths[0], effect), _peaks(summary), *_what_next(output, summary)]
+    lines = [_recovery(truths[0], effect), _peaks(summary), *_what_next(output, summary, "DSt + DSp")]
     return Outcome("Two simulated sessions, smoothed by 5 mm.", command, summary, lines)
 
 
@@ -140,7 +140,7 @@ def run_fiac(output: Path, console: Console, *, quiet: bool = False, overwrite: 
     )
     command, summary = _run(job, console, quiet=quiet)
     about = "The two sessions of the reference example (FIAC), smoothed by 5 mm."
-    return Outcome(about, command, summary, [_peaks(summary), *_what_next(output, summary)])
+    return Outcome(about, command, summary, [_peaks(summary), *_what_next(output, summary, "[0,0,1,1]")])
 
 
 def program() -> str:
@@ -249,7 +249,7 @@ def _peaks(summary: Summary) -> str:
     return f"Fixed effects peak at z = {combined:.2f}, {verdict} ({shown})."
 
 
-def _what_next(output: Path, summary: Summary) -> list[str]:
+def _what_next(output: Path, summary: Summary, question: str) -> list[str]:
     """Where to look, and three things to try."""
     me, folder = program(), shlex.quote(str(output))
     z_map = f"{folder}/maps/{map_name(CONTRAST, 'z')}.nii.gz"
@@ -258,7 +258,7 @@ def _what_next(output: Path, summary: Summary) -> list[str]:
         "  1. every slice of the map\n"
         f"     {me} plot {z_map} --background {folder}/maps/{MEAN_IMAGE} --kind mosaic --output slices.png\n"
         "  2. another question of the same fit, without fitting again\n"
-        f'     {me} contrast {folder}/fit.zarr --contrast "any_DSt=[0,0,1,1]" --output any_DSt.zarr\n'
+        f'     {me} contrast {folder}/fit.zarr --contrast "different={question}" --output different.zarr\n'
         "  3. your own runs\n"
         f"     {me} run --help"
     )

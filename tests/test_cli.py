@@ -13,7 +13,6 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import xarray as xr
 
 import chunkglm as cg
 from chunkglm.cli import cli, main
@@ -545,16 +544,35 @@ def test_readme__has_two_commands_of_one_line_from_a_bare_python():
         assert "\n" not in command
 
 
-def test_readme__python_runs_as_it_stands(data, tmp_path, monkeypatch):
-    code = re.search(
-        r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL
-    )[1]
+def test_readme__runs_as_it_stands_from_top_to_bottom(data, tmp_path, monkeypatch):
+    """All its commands and all its Python, in one folder."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with_names(data, tmp_path)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    np.testing.assert_array_equal(nib.load("z.nii.gz").get_fdata().T, names["combined"].z_score.values)
-    assert isinstance(names["fit"], xr.Dataset)
+    kinds = []
+    for kind, code in re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        if kind == "python":
+            names = {}
+            exec(compile(code, "README.md", "exec"), names)
+        elif not code.startswith("python3 -m venv"):
+            for line in code.replace("\\\n", " ").splitlines():
+                assert call(*shlex.split(line)[1:]) == 0, line
+        kinds.append(kind)
+    assert kinds == ["bash"] * 4 + ["python"] * 2
+    for name in ("results/report.html", "faces.png", "face-house.png"):
+        assert Path(name).is_file()
+    z = nib.load("z.nii.gz").get_fdata()
+    np.testing.assert_array_equal(z, nib.load("z-again.nii.gz").get_fdata())
+    inside = np.isfinite(z)
+    in_maps = nib.load("results/maps/contrast-face_minus_house_stat-z_statmap.nii.gz").get_fdata()
+    np.testing.assert_array_equal(z[inside], in_maps[inside])
+    np.testing.assert_array_equal(z.T, names["combined"].z_score.values)
+
+
+def test_readme__names_every_file_of_the_results(finished):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in finished.iterdir():
+        assert path.name in text
 
 
 def test_no_trace_is_left_by_failures(data, tmp_path, capsys):

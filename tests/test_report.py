@@ -23,6 +23,7 @@ from chunkglm.errors import ChunkGLMWarning
 from chunkglm.report import page
 from chunkglm.testing import write_simulated_run
 
+ROOT = Path(__file__).parents[1]
 SHAPE = (16, 18, 12)
 HOSTILE = "<img src=x onerror=alert(1)> & 'x' \"y\""
 SCRIPT = "<script>alert(1)</script>"
@@ -451,10 +452,21 @@ def test_demo__ends_with_picture_report_and_three_things_that_work(tmp_path, mon
         start = words.index("-m") + 2 if "-m" in words else 1
         assert call(*words[start:]) == 0, step
     assert Path("slices.png").is_file()
-    assert xr.open_zarr("any_DSt.zarr").z_score.sizes["run"] == 2
+    assert xr.open_zarr("different.zarr", consolidated=False).z_score.sizes["run"] == 2
     command = re.search(r"^  (chunkglm run .*)$", out, flags=re.MULTILINE)[1]
     assert call(*shlex.split(command)[1:]) == 0
     assert "up to date" in capsys.readouterr().out, "the command that is shown is the job that was done"
+
+
+def test_readme__shows_the_picture_of_the_demo(tmp_path):
+    """Up to what another version of matplotlib does to letters."""
+    from matplotlib.image import imread
+
+    assert call("-q", "demo", "--output", tmp_path / "demo") == 0
+    shown = imread(ROOT / re.search(r"!\[.*?\]\((.*?)\)", (ROOT / "README.md").read_text("utf-8"))[1])
+    made = imread(tmp_path / "demo" / "pictures" / "contrast-DSt_minus_SSt_stat-z_ortho.png")
+    assert shown.shape == made.shape
+    assert np.abs(shown - made).mean() < 0.01
 
 
 @pytest.fixture
