@@ -33,6 +33,7 @@ from chunkglm.maps import PROVENANCE, export_maps
 from chunkglm.report import PICTURES, REPORT, save_figure
 from chunkglm.report import plot as draw
 from chunkglm.report import report as write_report
+from chunkglm.report.cuts import millimetres
 from chunkglm.report.pictures import KINDS
 
 if TYPE_CHECKING:
@@ -616,7 +617,7 @@ def _peak_table(contrast: str, entries: list[dict[str, Any]]) -> Table:
         if entry["highest"] is not None:
             cells = [f"{entry['highest']['dof']:g}"]
             for end in (entry["highest"], entry["lowest"]):
-                cells += [f"{end['z']:.2f}", ", ".join(f"{v:.1f}" for v in end["mm"])]
+                cells += [f"{end['z']:.2f}", ", ".join(millimetres(end["mm"]))]
         table.add_row("fixed effects" if entry["run"] is None else f"run {entry['run']}", *cells)
     return table
 

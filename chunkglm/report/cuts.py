@@ -134,6 +134,11 @@ def world_of(grid: Grid, place: Sequence[Any]) -> tuple[float, float, float]:
     return float(x), float(y), float(z)
 
 
+def millimetres(place: Sequence[float]) -> list[str]:
+    """Coordinates for reading, to a tenth of a millimetre."""
+    return [f"{round(mm, 1) + 0.0:g}" for mm in place]
+
+
 def largest(array: xr.DataArray) -> tuple[tuple[float, float, float], float]:
     """Where the absolute value is largest.
 

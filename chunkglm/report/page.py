@@ -18,7 +18,7 @@ from chunkglm._version import __version__
 from chunkglm.errors import InputError, MissingDependencyError, StoreError
 from chunkglm.glm import designs_of
 from chunkglm.maps import MEAN_IMAGE, PROVENANCE, map_name
-from chunkglm.report.cuts import largest
+from chunkglm.report.cuts import largest, millimetres
 from chunkglm.report.designs import plot_design
 from chunkglm.report.figures import figure_class, png
 from chunkglm.report.pictures import plot
@@ -157,6 +157,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters["thousands"] = lambda number: f"{number:,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    environment.filters["millimetres"] = lambda place: f"{', '.join(millimetres(place))} mm"
     return environment.get_template("page.html")
 
 

@@ -19,7 +19,7 @@ import xarray as xr
 from chunkglm import nifti
 from chunkglm.errors import InputError, MissingDependencyError
 from chunkglm.grids import grid_of
-from chunkglm.report.cuts import AXES, IN_PLANE, Cut, check_within, largest, occupied, take_cuts
+from chunkglm.report.cuts import AXES, IN_PLANE, Cut, check_within, largest, millimetres, occupied, take_cuts
 from chunkglm.report.figures import figure_class
 from chunkglm.schema import SPACE
 
@@ -333,7 +333,7 @@ def _draw_cut(axes: Axes, cut: Cut, under: Cut | None, drawn: Any, *, colours: C
         "fontsize": 8,
         "parse_math": False,
     }
-    axes.text(0.02, -0.02, f"{AXES[cut.axis]} = {round(cut.mm, 1) + 0.0:g}", ha="left", va="top", **marks)
+    axes.text(0.02, -0.02, f"{AXES[cut.axis]} = {millimetres([cut.mm])[0]}", ha="left", va="top", **marks)
     if cut.axis != 0:
         axes.text(0.02, 0.985, "L", ha="left", va="top", **marks)
         axes.text(0.98, 0.985, "R", ha="right", va="top", **marks)
