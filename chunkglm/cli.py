@@ -209,13 +209,13 @@ def _talk(command: Any) -> Any:
 
 
 class _Verbs(click.Group):
-    """Verbs in the order of the work, each with -q and -v."""
+    """Verbs, each with -q and -v: first those that do the whole job, then its steps in their order."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
         super().add_command(_talk(cmd), name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's)
-        return list(self.commands)
+        return sorted(self.commands, key=lambda name: name not in ("run", "demo"))
 
 
 FIRST_STEPS = """\
@@ -272,7 +272,9 @@ def convert(source: str, store: str, *, overwrite: bool, memory: str, **options:
 @click.argument("store", type=EXISTING)
 @_json
 def info(store: str, *, as_json: bool) -> None:
-    """Say what is in STORE, a run, a study, a fit, contrasts or fixed effects.
+    """Say what is in STORE.
+
+    It may be a run, a study of runs, a fit, contrasts or fixed effects.
 
     Example: chunkglm info study.zarr/run-1
     """
@@ -400,7 +402,9 @@ def _save(lazy: xr.Dataset, output: str, title: str, *, n_threads: int, overwrit
 )
 @_overwrite
 def export(store: str, output: str, *, overwrite: bool) -> None:
-    """Write STORE as NIfTI: the maps of contrasts or fixed effects, or the signal of a run.
+    """Write STORE as NIfTI.
+
+    Contrasts and fixed effects become maps with sidecars in a folder, a run the file that it was.
 
     Example: chunkglm export fixed.zarr --output maps
     """
@@ -453,12 +457,16 @@ def plot(
     overwrite: bool,
     **options: Any,
 ) -> None:
-    r"""Draw the NIfTI map MAP.
+    """Draw the NIfTI map MAP.
 
     \b
-    Example: chunkglm plot results/maps/contrast-diff_stat-z_statmap.nii.gz
+    Example: chunkglm plot results/maps/contrast-diff_stat-z_statmap.nii.gz \\
                  --background results/maps/mean_image.nii.gz --threshold 3 --output diff.png
-    """
+    """  # noqa: D301  (click wants the character)
+    if Path(map_).is_dir():
+        raise InputError(
+            f"{map_} is a folder; a picture is made of a NIfTI map. Of a store, write the maps first: chunkglm export."
+        )
     if output.suffix.lower() not in PICTURE_TYPES:
         raise InputError(
             f"{output} is no picture that can be written: its name ends with {', '.join(PICTURE_TYPES)}."
@@ -499,7 +507,9 @@ def _numbers(text: str) -> list[float]:
 @_threshold
 @_cut_coords
 def report(results: Path, threshold: float | None, cut_coords: tuple[float, float, float] | None) -> None:
-    """Draw pictures and report of the finished job in the folder RESULTS again.
+    """Draw the report of a finished job again.
+
+    RESULTS is the folder that chunkglm run left; what was computed stays as it is.
 
     Example: chunkglm report results --threshold 4
     """
@@ -534,12 +544,14 @@ def run(
     as_json: bool,
     **options: Any,
 ) -> None:
-    r"""Do the whole job for the NIfTI runs RUN: stores, fit, contrasts, fixed effects, maps, report.
+    """Do the whole job for the NIfTI runs RUN.
+
+    It leaves stores, fit, maps of every run and of the fixed effects, and a report. Start with report.html.
 
     \b
-    Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv
+    Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv \\
                  --mask mask.nii.gz --smoothing-fwhm 5 --contrast "diff=face - house" --output results
-    """
+    """  # noqa: D301  (click wants the character)
     job = jobs.Job(
         contrasts=_read_contrasts(contrasts),
         column_names=read_column_names(column_names) if column_names else None,
@@ -573,7 +585,9 @@ def run(
 )
 @_overwrite
 def demo(output: Path, data: str, *, overwrite: bool) -> None:
-    """Do the whole job on two sessions: simulated ones with known truth, which need no data and no network.
+    """See the whole job done on two simulated sessions.
+
+    They need no data and no network, and their truth is known.
 
     Example: chunkglm demo --output demo-results
     """

@@ -7,6 +7,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,8 @@ def _fetch_fiac(*, verbose: bool) -> Mapping[str, Any]:
             "pip install 'chunkglm[nilearn]'"
         ) from error
     try:
-        with warnings.catch_warnings():
+        # nilearn prints what it does; standard output is for results.
+        with warnings.catch_warnings(), redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             fetched: Mapping[str, Any] = fetch_fiac_first_level(verbose=int(verbose))
     except (
@@ -217,7 +219,8 @@ def _run(job: Job, console: Console, *, quiet: bool) -> tuple[str, Summary]:
     with warnings.catch_warnings():
         # The four weights of the example are meant for the first four of the regressors.
         warnings.filterwarnings("ignore", ".*these get weight 0", ChunkGLMWarning)
-        return shlex.join(words), run_job(replace(job, command=tuple(words)), console, quiet=quiet)
+        shown = f"{program()} {shlex.join(words[1:])}"
+        return shown, run_job(replace(job, command=tuple(words)), console, quiet=quiet)
 
 
 def _recovery(truth: xr.Dataset, effect: NDArray[Any]) -> str:

@@ -323,7 +323,7 @@ def _read_vest(stream: BinaryIO, label: str) -> _Table:
         )
     width, height = map(int, counts)
     _check_width(width, label)
-    values = _parse_rows(lines[start + 1 :], _default_names(width), label)
+    values = _parse_rows(lines[start + 1 :], default_names(width), label)
     if len(values) != height:
         raise DesignError(
             f"{label} announces {height} rows (/NumPoints), but {len(values)} follow /Matrix. It may be cut "
@@ -361,14 +361,15 @@ def _column_values(frame: pd.DataFrame, label: str) -> FloatArray:
     return values
 
 
-def _default_names(count: int) -> list[str]:
+def default_names(count: int) -> list[str]:
+    """Names of the columns of a design that has none."""
     return [f"x{i}" for i in range(count)]
 
 
 def _frame(values: npt.NDArray[Any], names: list[Any] | None, label: str) -> pd.DataFrame:
     if 0 in values.shape:
         raise DesignError(f"{label} is empty, of shape {values.shape}. Give at least one row and one column.")
-    names = _default_names(values.shape[1]) if names is None else names
+    names = default_names(values.shape[1]) if names is None else names
     _check_names(names, values.shape[1], label)
     with np.errstate(over="ignore"):
         values = values.astype(np.float64)

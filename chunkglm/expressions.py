@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from chunkglm.design import finite_number, listed, short
+from chunkglm.design import default_names, finite_number, listed, short
 from chunkglm.errors import ChunkGLMWarning, ContrastError, NotAvailableError
 
 FloatArray = npt.NDArray[np.float64]
@@ -237,6 +237,10 @@ class _Parser:
         close = " or ".join(map(repr, difflib.get_close_matches(name, self.columns)))
         hint = f" (did you mean {close}?)" if close else ""
         known = f"the columns are {listed(self.columns)}"
+        if list(self.columns) == default_names(len(self.columns)):
+            known += (
+                " (its file has no names: give them with --column-names FILE, or columns= of read_design)"
+            )
         raise _refusal(self.text, f"names {short(name)}, which is no column of the design{hint}; {known}")
 
     def _climb(self, lowest: int, depth: int) -> _Linear:

@@ -235,7 +235,8 @@ def _check_output(job: Job, previous: dict[str, Any] | None, *, current: bool) -
     if previous is not None and not current:
         raise StoreExistsError(
             f"{job.output} holds the result of another job (other data, designs, contrasts or options). Choose another "
-            "--output, or say --overwrite."
+            f"--output, or say --overwrite. A new contrast needs no new fit: chunkglm contrast {job.output}/fit.zarr, or "
+            "this command with --overwrite, which then keeps runs and fit."
         )
     known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data", PICTURES, REPORT, PROVENANCE}
     strangers = (

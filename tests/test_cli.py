@@ -151,6 +151,7 @@ def test_run__refuses_another_output_and_overwrites_when_told(finished, data, tm
     message = fails(capsys, *other, "--output", output)
     assert str(output) in message
     assert "--overwrite" in message
+    assert "chunkglm contrast" in message
     fit_before = (output / "fit.zarr" / "zarr.json").stat().st_mtime_ns
     assert call(*other, "--output", output, "--overwrite") == 0
     assert (output / "fit.zarr" / "zarr.json").stat().st_mtime_ns == fit_before, (
@@ -295,7 +296,7 @@ def test_demo__recovers_the_truth_and_combines_to_a_higher_peak(tmp_path, capsys
     assert "higher than either session" in out
     assert float(re.search(r"r = (\d\.\d+)", out)[1]) > 0.6
     assert (tmp_path / "demo" / "maps" / "contrast-DSt_minus_SSt_stat-z_statmap.nii.gz").is_file()
-    command = re.search(r"^  (chunkglm run .*)$", out, flags=re.MULTILINE)[1]
+    command = re.search(r"^  .*(chunkglm run .*)$", out, flags=re.MULTILINE)[1]
     assert "--contrast 'DSt_minus_SSt=[-1,-1,1,1]'" in command
 
 
@@ -307,7 +308,10 @@ def example(verb, capsys):
     """The example of a verb, from its help, as arguments."""
     assert call(verb, "--help") == 0
     text = capsys.readouterr().out
-    words = shlex.split(re.search(r"Example: (chunkglm .*?)\n\n", text, flags=re.DOTALL)[1])
+    assert "\\b" not in text
+    words = shlex.split(
+        re.search(r"Example: (chunkglm .*?)\n\n", text, flags=re.DOTALL)[1].replace("\\\n", "")
+    )
     assert words[:2] == ["chunkglm", verb]
     return words[1:]
 
@@ -341,6 +345,14 @@ def test_help__every_example_runs_as_it_stands(data, tmp_path, monkeypatch, caps
         "diff.png",
         "demo-results",
     }
+
+
+def test_help__lists_the_verbs_in_whole_sentences(capsys):
+    assert call("--help") == 0
+    lines = capsys.readouterr().out.split("Commands:")[1].strip().splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["run", "demo"]
+    assert len(lines) == len(VERBS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 
 
 def test_no_verb__says_what_to_do_first(capsys):
@@ -427,6 +439,11 @@ def write_image(path, data, affine=None, t_r=2.0):
     return path
 
 
+def nameless(design, path):
+    np.savez(path, X=np.load(design)["X"])
+    return path
+
+
 def wrong_inputs(data, folder):
     """Changes to the job, and what the message must say, by name."""
     good = nib.load(data / "run1.nii.gz")
@@ -459,6 +476,10 @@ def wrong_inputs(data, folder):
         "empty mask": ({"mask": empty}, ["empty.nii.gz", "empty"]),
         "no such mask": ({"mask": folder / "none.nii"}, ["none.nii"]),
         "unknown regressor": ({"contrast": "diff=DSt - typo"}, ["typo", "DSt"]),
+        "no names": (
+            {"design": [nameless(one, folder / "a.npz"), nameless(two, folder / "b.npz")]},
+            ["'x0'", "--column-names"],
+        ),
         "constant": ({"contrast": "diff=DSt - SSt + 2"}, ["constant"]),
         "product": ({"contrast": "diff=DSt * SSt"}, ["DSt * SSt"]),
         "hostile name": ({"contrast": "../x=DSt"}, ["../x"]),
@@ -473,7 +494,7 @@ def wrong_inputs(data, folder):
 
 WRONG = [
     "no such file", "not a NIfTI", "truncated gzip", "3-D image", "no repetition time", "rows and volumes", "one design",
-    "no such design", "mask on another grid", "mask shifted", "empty mask", "no such mask", "unknown regressor", "constant",
+    "no such design", "mask on another grid", "mask shifted", "empty mask", "no such mask", "unknown regressor", "no names", "constant",
     "product", "hostile name", "too many weights", "two of a name", "noise model", "memory", "no amount of memory",
     "negative smoothing",
 ]  # fmt: skip

@@ -352,6 +352,8 @@ def test_plot__writes_a_picture_and_replaces_none_unasked(results, tmp_path, cap
         assert call("plot", z_map, *more) == 1
         assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png", "a.svg"]
+    assert call("plot", results / "fit.zarr", "--output", tmp_path / "b.png") == 1
+    assert "chunkglm export" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------- browser
@@ -453,7 +455,7 @@ def test_demo__ends_with_picture_report_and_three_things_that_work(tmp_path, mon
         assert call(*words[start:]) == 0, step
     assert Path("slices.png").is_file()
     assert xr.open_zarr("different.zarr", consolidated=False).z_score.sizes["run"] == 2
-    command = re.search(r"^  (chunkglm run .*)$", out, flags=re.MULTILINE)[1]
+    command = re.search(r"^  .*(chunkglm run .*)$", out, flags=re.MULTILINE)[1]
     assert call(*shlex.split(command)[1:]) == 0
     assert "up to date" in capsys.readouterr().out, "the command that is shown is the job that was done"
 
@@ -500,6 +502,7 @@ def test_demo__fiac_runs_on_what_the_fetcher_leaves(fiac_folder, tmp_path, capsy
     assert call("demo", "--data", "fiac", "--output", tmp_path / "fiac") == 0
     out = capsys.readouterr().out
     assert "reference example" in out
+    assert "fetch" not in out
     assert "Read the report" in out
     told = json.loads((tmp_path / "fiac" / "provenance.json").read_text())
     assert told["pictures"] == {"threshold": 3.0, "cut_coords": [-129.0, -126.0, 49.0]}
@@ -510,7 +513,7 @@ def test_demo__fiac_runs_on_what_the_fetcher_leaves(fiac_folder, tmp_path, capsy
     )
     picture = (tmp_path / "fiac" / "pictures" / "contrast-DSt_minus_SSt_stat-z_ortho.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    command = re.search(r"^  (chunkglm run .*)$", out, flags=re.MULTILINE)[1]
+    command = re.search(r"^  .*(chunkglm run .*)$", out, flags=re.MULTILINE)[1]
     assert call(*shlex.split(command)[1:]) == 0
     assert "up to date" in capsys.readouterr().out
 
