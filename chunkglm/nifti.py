@@ -650,11 +650,15 @@ def read_map(image: ImageLike) -> xr.DataArray:
     SourceNotFoundError, NiftiError
         If there is no such image, or it is not one volume.
     """
+    return _read_volume(image, "a map", NiftiError)
+
+
+def _read_volume(image: ImageLike, what: str, refusal: type[InputError]) -> xr.DataArray:
     with _open_image(image) as reader:
         header = reader.header
         if header.n_volumes > 1:
-            raise NiftiError(
-                f"{reader.name} has the shape {header.shape}; what is wanted here is a 3-D image. Give one volume."
+            raise refusal(
+                f"{reader.name} has the shape {header.shape}; {what} is a 3-D image. Give one volume."
             )
         ((_, block),) = reader.blocks(1)
         values = block[0] * header.slope + header.intercept if header.scaled else block[0].copy()
@@ -686,7 +690,7 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     if isinstance(mask, xr.DataArray):
         name, mask = "the mask", _checked_mask(mask)
     else:
-        mask = read_map(mask)
+        mask = _read_volume(mask, "a mask", MaskError)
         name = str(mask.name)
     check_same_grid(grid_of(mask), grid, name, run_name)
     levels = np.unique(mask)
