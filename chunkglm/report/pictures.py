@@ -327,13 +327,12 @@ def _draw_cut(axes: Axes, cut: Cut, under: Cut | None, drawn: Any, *, colours: C
         drawn, extent=cut.extent, origin="lower", cmap=colours, vmin=-vmax, vmax=vmax, interpolation="nearest",
         aspect="auto",
     )  # fmt: skip
-    marks: dict[str, Any] = {
-        "transform": axes.transAxes,
-        "color": "white",
-        "fontsize": 8,
-        "parse_math": False,
-    }
-    axes.text(0.02, -0.02, f"{AXES[cut.axis]} = {millimetres([cut.mm])[0]}", ha="left", va="top", **marks)
+    marks: dict[str, Any] = {"color": "white", "fontsize": 8, "parse_math": False}
+    place = f"{AXES[cut.axis]} = {millimetres([cut.mm])[0]}"
+    axes.annotate(
+        place, (0, 0), (2, -2), xycoords="axes fraction", textcoords="offset points", va="top", **marks
+    )
+    marks["transform"] = axes.transAxes
     if cut.axis != 0:
         axes.text(0.02, 0.985, "L", ha="left", va="top", **marks)
         axes.text(0.98, 0.985, "R", ha="right", va="top", **marks)
