@@ -22,6 +22,7 @@ from chunkglm.errors import (
     NotAvailableError,
 )
 from chunkglm.kernels import glm as kernel
+from chunkglm.kernels.autocorrelation import make_correction
 from chunkglm.schema import (
     FIT,
     FORMAT_VERSION,
@@ -79,8 +80,11 @@ def fit(
         A design matrix (volume, regressor) for each run, in the order of the runs or with their labels. Columns
         are matched by name; runs may have different ones.
     noise_model : {"ar1", "ols"}
-        AR(1) noise at each voxel's own coefficient (Yule-Walker on the least squares residuals; Prais-Winsten
-        without rescaling the first sample), or ordinary least squares.
+        AR(1) noise at each voxel's own coefficient, or ordinary least squares. The coefficient is that of Yule and
+        Walker on the least squares residuals, corrected for the bias that the design leaves in them (see
+        :mod:`chunkglm.kernels.autocorrelation`; ``compat="nilearn"`` corrects nothing). Where residuals are more
+        autocorrelated than any coefficient within ``rho_limit`` explains, that limit is used. Whitening is that of
+        Prais and Winsten without rescaling the first sample.
     signal_scaling : {"voxel", "run", None}
         Percent change against the voxel's temporal mean, against the mean over the mask and time, or none. Where
         that mean is 0 or less, the voxel is NaN, and the computation warns once.
@@ -97,7 +101,8 @@ def fit(
         ``beta (run, regressor, z, y, x)``, ``sigma2 (run, z, y, x)``, ``rho (run, lag, z, y, x)`` (not for OLS),
         float64 and lazy; ``dof (run)``, ``design (run, volume, regressor)``, ``column (run, regressor)`` (the
         place of a regressor among the columns of the run's design, -1 where it has none), ``frame_time`` and
-        ``sample_mask (run, volume)``, ``n_volumes (run)``, ``mask (run, z, y, x)``. NaN outside the mask, in
+        ``sample_mask (run, volume)``, ``n_volumes (run)``, ``mask (run, z, y, x)``; with a corrected autocorrelation
+        ``rho_limit (run, bound)``, its smallest and its largest value. NaN outside the mask, in
         voxels without variance in time, and in columns that a run does not have.
 
     Raises
@@ -123,7 +128,8 @@ def fit(
         model, dof = _model_of(label, design, noise_model, signal_scaling, compat)
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
         columns = _columns(design, regressors)
-        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask))
+        rho_limit = None if model.correction is None else model.correction.limits
+        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask, rho_limit))
     ds = _assemble(run_of, design_of, regressors, fits, autoregressive=noise_model != "ols")
     ds.attrs = {
         "kind": "fit",
@@ -281,6 +287,7 @@ class _RunFit(NamedTuple):
     columns: NDArray[np.intp]
     dof: int
     mask: xr.DataArray
+    rho_limit: tuple[float, float] | None
 
 
 def _model_of(
@@ -293,13 +300,15 @@ def _model_of(
         reference_rank = kernel.reference_rank(X)
     reference_rules = compat == "nilearn"
     _check_design(X, basis, label, reference_rules=reference_rules)
+    autoregressive = noise_model == "ar1"
     model = kernel.Model(
         basis=basis,
         # The reference divides by the number of columns, also where they are redundant.
         dof=len(X) - (X.shape[1] if reference_rules else basis.rank),
-        autoregressive=noise_model == "ar1",
+        autoregressive=autoregressive,
         scaling=signal_scaling or "none",
         reference_rules=reference_rules,
+        correction=make_correction(basis) if autoregressive and not reference_rules else None,
     )
     return model, len(X) - (reference_rank if reference_rules else basis.rank)
 
@@ -395,6 +404,9 @@ def _assemble(
     if autoregressive:
         ds["rho"] = (("run", "lag", *SPACE), stack([r[P + 1 :] for r in rows]))
         ds = ds.assign_coords(lag=[1])
+        if fits[0].rho_limit is not None:
+            ds["rho_limit"] = (("run", "bound"), np.array([fit.rho_limit for fit in fits]))
+            ds = ds.assign_coords(bound=text_labels(["lower", "upper"]))
     first = next(iter(runs.values()))
     coords: dict[Hashable, Any] = {
         name: first.coords[name].variable for name in (*SPACE, "grid") if name in first.coords

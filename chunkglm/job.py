@@ -482,10 +482,18 @@ def _about_fit(fitted: xr.Dataset, run: xr.Dataset, job: Job) -> dict[str, Any]:
     return {
         "regressors": int((fitted["column"].values >= 0).sum()),
         "dof": float(fitted["dof"]),
-        "ar_median": float(np.median(fitted["rho"].isel(lag=0).values[alive]))
-        if "rho" in fitted and alive.any()
-        else None,
+        **_about_noise(fitted, alive),
         "voxels_in_mask": int(in_mask.sum()),
         "voxels_fitted": int((in_mask & alive).sum()),
         "voxels_left_out": {reason: int(which.sum()) for reason, which in reasons.items() if which.any()},
     }
+
+
+def _about_noise(fitted: xr.Dataset, alive: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """The autocorrelation of a run, and how many voxels were fitted with the largest or smallest that is used."""
+    if "rho" not in fitted or not alive.any():
+        return {"ar_median": None, "ar_limit": None, "voxels_at_ar_limit": 0}
+    rho = fitted["rho"].isel(lag=0).values[alive]
+    limits = fitted["rho_limit"].values.tolist() if "rho_limit" in fitted else None
+    beyond = 0 if limits is None else int(((rho <= limits[0]) | (rho >= limits[1])).sum())
+    return {"ar_median": float(np.median(rho)), "ar_limit": limits, "voxels_at_ar_limit": beyond}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 """Version of the layout of stores; a reader refuses versions that it does not know."""
 
-NUMERICAL_VERSION = "1"
+NUMERICAL_VERSION = "2"
 """Changes whenever the same input and options would give other numbers."""
 
 SPACE = ("z", "y", "x")
@@ -53,6 +53,9 @@ FIT = _variables(
     Variable("beta", ("run", "regressor", *SPACE), "", "regression coefficient"),
     Variable("sigma2", ("run", *SPACE), "", "variance of the innovations (of the noise, for OLS)"),
     Variable("rho", ("run", "lag", *SPACE), "", "autoregressive coefficient that was used"),
+    Variable(
+        "rho_limit", ("run", "bound"), "", "smallest and largest autoregressive coefficient that is used"
+    ),
     Variable("dof", ("run",), "", "residual degrees of freedom"),
     Variable(
         "design",

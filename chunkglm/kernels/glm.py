@@ -34,10 +34,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from chunkglm.kernels.autocorrelation import corrected
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
+
+    from chunkglm.kernels.autocorrelation import Correction
 
     Floats = NDArray[np.float64]
 
@@ -470,6 +474,8 @@ class Model(NamedTuple):
         Percent of the voxel's temporal mean, of the mean over the mask and time, or as it is.
     reference_rules : bool
         The rules of nilearn 0.14.1: means below 1 count as 1, non-finite samples as 0, binned coefficients.
+    correction : Correction or None
+        For the bias that fitting leaves in the autocorrelation; None leaves it uncorrected.
     """
 
     basis: Basis
@@ -477,6 +483,7 @@ class Model(NamedTuple):
     autoregressive: bool
     scaling: str
     reference_rules: bool
+    correction: Correction | None = None
 
 
 class Estimates(NamedTuple):
@@ -590,8 +597,9 @@ def fit_voxels(
         n_unscaled += int((np.isnan(gain) & ~np.isnan(data.sums.squares)).sum())
         signal = scale_signal(data, basis, gain, offset)
         if model.autoregressive:
-            estimate = yule_walker_binned if model.reference_rules else yule_walker
-            rho[tile] = estimate(signal, basis)
+            rho[tile] = (yule_walker_binned if model.reference_rules else yule_walker)(signal, basis)
+            if model.correction is not None:
+                rho[tile] = corrected(rho[tile], model.correction)
         beta[:, tile], sigma2[tile] = fit_ar1(signal, basis, rho[tile], model.dof)
     return Estimates(beta, sigma2, rho, n_unscaled)
 

@@ -33,7 +33,7 @@ REPORT, PICTURES = "report.html", "pictures"
 
 NOISE = {
     "ols": "Noise was taken to be white (ordinary least squares).",
-    "ar1": "Noise was taken to be autoregressive of order 1, with each voxel's own coefficient.",
+    "ar1": "Noise was taken to be autoregressive of order 1, with each voxel's own coefficient (corrected for its bias).",
 }
 SCALING = {
     "voxel": "The signal is in percent of each voxel's mean.",
