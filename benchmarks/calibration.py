@@ -1,7 +1,7 @@
 """False positives of every noise model on noise alone.
 
 Noise of known autocorrelation is fitted with designs of events or of blocks, and the two-sided rates of a contrast of two
-conditions are counted at three levels. What the table wants is the level itself; a rate that is larger finds effects where there are
+conditions are counted at three levels. A rate should be the level itself; one that is larger finds effects where there are
 none, one that is smaller misses some.
 """
 
@@ -73,7 +73,7 @@ def make_noise(
     return noise
 
 
-def p_values(noise: Floats, X: Floats, weights: Floats, models: dict[str, glm.Model]) -> dict[str, Floats]:
+def p_values(noise: Floats, weights: Floats, models: dict[str, glm.Model]) -> dict[str, Floats]:
     """Two-sided p values of a contrast at every voxel, by model."""
     found = {}
     for name, model in models.items():
@@ -112,7 +112,7 @@ def rates(
         for start in range(0, n_voxels, BATCH):
             noise = make_noise(rng, n_volumes, min(BATCH, n_voxels - start), coefficients)
             total += noise.shape[1]
-            for name, p in p_values(noise, X, weights, models).items():
+            for name, p in p_values(noise, weights, models).items():
                 counts[name] = counts.get(name, np.zeros(len(LEVELS))) + [
                     (p < level).sum() for level in LEVELS
                 ]
@@ -124,7 +124,7 @@ def draw(table: list[tuple[str, int, str, dict[str, Floats]]], path: Path) -> No
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(LENGTHS), sharey=True)
+    axes = figure.subplots(1, len(LENGTHS), sharey=True, squeeze=False)[0]
     colours = {"ols": "#c8553d", "compat": "#e0a030", "default": "#0b5cad"}
     for ax, n_volumes in zip(axes, LENGTHS, strict=True):
         for model, colour in colours.items():

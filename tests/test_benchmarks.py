@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import memory, store_layouts
+from benchmarks import calibration, memory, store_layouts
 from chunkglm.testing import write_simulated_run
 
 
@@ -19,3 +19,14 @@ def test_memory__prints_a_row_for_every_job(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(memory, "CACHE", tmp_path)
     memory.main(["--shape", "12", "14", "10", "--volumes", "40"])
     assert capsys.readouterr().out.count("\n| ") == 6
+
+
+def test_calibration__prints_and_draws_every_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "LENGTHS", (60,))
+    picture = tmp_path / "picture.png"
+    words = ["--voxels", "200", "--designs", "1", "--volumes", "60", "--picture", str(picture)]
+    calibration.main(words)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 2 * len(calibration.NOISE)
+    assert all(0 <= float(cell.strip("| ")) <= 1 for row in rows for cell in row[3:])
+    assert picture.read_bytes().startswith(b"\x89PNG")

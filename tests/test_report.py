@@ -409,31 +409,30 @@ def test_oneback__peaks_are_told_and_drawn_where_nibabel_finds_them(oneback):
         assert shown.get_array()[row, column] == z[place]
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (
-            "<p style='position:absolute;top:0;left:0'>one</p><p style='position:absolute;top:2px;left:0'>two</p>",
-            "overlap",
-        ),
-        ("<p style='width:2000px'>wide</p>", "outside"),
-        (
-            "<p style='width:50px;overflow:hidden;white-space:nowrap'>much too long for its place</p>",
-            "clipped",
-        ),
-        ("<img alt='lost' src='file:///none.png'>", "no picture: lost"),
-        ("<img alt='lost' src='http://127.0.0.1:9/x.png'>", "request: http"),
-        ("<script>console.error('oh')</script>", "console: "),
-        ("<script>fetch('http://127.0.0.1:9/')</script>", "request: http"),
-    ],
-)
-def test_browser__the_check_can_fail(body, words, tmp_path):
+BAD_PAGES = [
+    (
+        "<p style='position:absolute;top:0;left:0'>one</p><p style='position:absolute;top:2px;left:0'>two</p>",
+        "overlap",
+    ),
+    ("<p style='width:2000px'>wide</p>", "outside"),
+    (
+        "<p style='width:50px;overflow:hidden;white-space:nowrap'>much too long for its place</p>",
+        "clipped",
+    ),
+    ("<img alt='lost' src='file:///none.png'>", "no picture: lost"),
+    ("<img alt='lost' src='http://127.0.0.1:9/x.png'>", "request: http"),
+    ("<script>console.error('oh')</script>", "console: "),
+    ("<script>fetch('http://127.0.0.1:9/')</script>", "request: http"),
+]
+
+
+def test_browser__the_check_can_fail(tmp_path):
     bad = tmp_path / "bad.html"
-    bad.write_text(
-        f"<!DOCTYPE html><html><head><link rel='icon' href='data:,'></head><body>{body}</body></html>"
-    )
     with browser.browser(800) as chrome:
-        assert any(words in problem for problem in browser.problems(chrome, bad))
+        for body, words in BAD_PAGES:
+            head = "<head><link rel='icon' href='data:,'></head>"
+            bad.write_text(f"<!DOCTYPE html><html>{head}<body>{body}</body></html>")
+            assert any(words in problem for problem in browser.problems(chrome, bad)), words
 
 
 # -------------------------------------------------------------------------------------------------------------- the demo
