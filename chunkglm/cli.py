@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
     import xarray as xr
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+# No markup: a name may hold anything.
+OUT = Console(highlight=False, markup=False)
+ERR = Console(stderr=True, highlight=False, markup=False)
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 
@@ -490,7 +491,7 @@ def plot(
         **options,
     )
     save_figure(figure, output)
-    OUT.print(f"Wrote {output}", soft_wrap=True, markup=False)
+    OUT.print(f"Wrote {output}", soft_wrap=True)
 
 
 def _numbers(text: str) -> list[float]:
@@ -515,7 +516,7 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
     """
     with stage(ERR, "Drawing", "pictures", quiet=_State.quiet) as progress:
         path = write_report(results, threshold=threshold, cut_coords=cut_coords, progress=progress)
-    OUT.print(f"Wrote {path}", soft_wrap=True, markup=False)
+    OUT.print(f"Wrote {path}", soft_wrap=True)
 
 
 @cli.command()
@@ -593,11 +594,11 @@ def demo(output: Path, data: str, *, overwrite: bool) -> None:
     """
     act = demonstration.run_fiac if data == "fiac" else demonstration.run_simulated
     outcome = act(output, ERR, quiet=_State.quiet, overwrite=overwrite)
-    OUT.print(f"{outcome.about} The same as this command:", soft_wrap=True, markup=False)
-    OUT.print(f"  {outcome.command}\n", soft_wrap=True, markup=False)
+    OUT.print(f"{outcome.about} The same as this command:", soft_wrap=True)
+    OUT.print(f"  {outcome.command}\n", soft_wrap=True)
     _show(outcome.summary, output)
     for line in outcome.lines:
-        OUT.print(f"\n{line}", soft_wrap=True, markup=False)
+        OUT.print(f"\n{line}", soft_wrap=True)
 
 
 def _show(summary: jobs.Summary, output: Path) -> None:
@@ -615,7 +616,7 @@ def _show(summary: jobs.Summary, output: Path) -> None:
         places = [("report", REPORT), ("pictures", PICTURES), *places]
     OUT.print()
     for what, where in places:
-        OUT.print(f"{what:>10}: {output / where}", soft_wrap=True, markup=False)
+        OUT.print(f"{what:>10}: {output / where}", soft_wrap=True)
     memory = "" if summary.peak_memory is None else f", peak memory {summary.peak_memory / 1e6:.0f} MB"
     OUT.print(f"{summary.seconds:.1f} s{memory}")
 

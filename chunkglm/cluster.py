@@ -79,7 +79,7 @@ def stage(
         yield None
     elif console.is_terminal or console.is_jupyter:
         columns: list[Any] = [
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
@@ -103,6 +103,8 @@ def _lines(console: Console, title: str, unit: str) -> Callable[[int, int], None
         last[0] = now
         spent = now - started
         rest = f"about {spent / done * (total - done):.0f} s left" if done < total else f"{spent:.1f} s"
-        console.print(f"{title}: {done} of {total} {unit}, {rest}", highlight=False, soft_wrap=True)
+        console.print(
+            f"{title}: {done} of {total} {unit}, {rest}", highlight=False, markup=False, soft_wrap=True
+        )
 
     return show

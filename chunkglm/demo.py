@@ -16,9 +16,9 @@ import numpy as np
 
 from chunkglm import nifti
 from chunkglm.cluster import stage
-from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError
+from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError, StoreExistsError
 from chunkglm.job import Job, Summary, run_job
-from chunkglm.maps import MEAN_IMAGE, map_name
+from chunkglm.maps import MEAN_IMAGE, PROVENANCE, map_name
 from chunkglm.testing import write_simulated_run
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ def run_simulated(output: Path, console: Console, *, quiet: bool = False, overwr
     ChunkGLMError
         As of the job.
     """
-    data = output / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    data = _data_folder(output, overwrite=overwrite)
     truths = []
     with stage(console, "Simulating", "sessions", quiet=quiet) as progress:
         for session in SESSIONS:
@@ -122,8 +121,7 @@ def run_fiac(output: Path, console: Console, *, quiet: bool = False, overwrite: 
         As of the job.
     """
     fetched = _fetch_fiac(verbose=not quiet)
-    data = output / "data"
-    data.mkdir(parents=True, exist_ok=True)
+    data = _data_folder(output, overwrite=overwrite)
     designs = []
     for session in SESSIONS:
         designs.append(str(data / f"session{session}_design.csv"))
@@ -146,14 +144,26 @@ def run_fiac(output: Path, console: Console, *, quiet: bool = False, overwrite: 
 
 def program() -> str:
     """How this command line was called, as it can be typed again."""
-    called = Path(sys.argv[0])
-    if called.name != "chunkglm":
-        return f"{Path(sys.executable).name} -m chunkglm" if shutil.which("chunkglm") is None else "chunkglm"
-    found = shutil.which("chunkglm")
-    return "chunkglm" if found and Path(found).samefile(called) else shlex.quote(sys.argv[0])
+    called, found = Path(sys.argv[0]), shutil.which("chunkglm")
+    if called.name == "__main__.py":
+        return f"{Path(sys.executable).name} -m chunkglm"
+    elsewhere = called.stem == "chunkglm" and called.exists() and not (found and called.samefile(found))
+    return shlex.quote(str(called)) if elsewhere else "chunkglm"
 
 
 # --------------------------------------------------------------------------------------------------------- recordings
+
+
+def _data_folder(output: Path, *, overwrite: bool) -> Path:
+    """Make the folder for recordings in one that is new, or that an earlier demo left."""
+    left_by_demo = (output / "runs.zarr").exists() or (output / PROVENANCE).exists()
+    if output.exists() and not (overwrite or left_by_demo) and (not output.is_dir() or any(output.iterdir())):
+        raise StoreExistsError(
+            f"{output} exists and holds something else. Choose another --output, or say --overwrite to write into it."
+        )
+    data = output / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    return data
 
 
 def _simulate(data: Path, session: int) -> xr.Dataset:

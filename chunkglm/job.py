@@ -152,6 +152,8 @@ def _with_report(job: Job, summary: Summary, console: Console, *, quiet: bool) -
     names = [f"{PICTURES}/{name}" for e in summary.peaks for name in picture_names(e["contrast"], e["run"])]
     wanted = [job.output / name for name in (REPORT, *names)]
     if provenance.get("pictures") != asked or not all(path.is_file() for path in wanted):
+        # What is drawn otherwise must not stay if drawing is cut off.
+        wanted[0].unlink(missing_ok=True)
         write_json(job.output / PROVENANCE, {**provenance, "pictures": asked})
         try:
             with stage(console, "Drawing", "pictures", quiet=quiet) as progress:
@@ -238,7 +240,9 @@ def _check_output(job: Job, previous: dict[str, Any] | None, *, current: bool) -
             f"--output, or say --overwrite. A new contrast needs no new fit: chunkglm contrast {job.output}/fit.zarr, or "
             "this command with --overwrite, which then keeps runs and fit."
         )
-    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data", PICTURES, REPORT, PROVENANCE}
+    known = {"runs.zarr", "fit.zarr", "maps", "fit.zarr.partial", "data"}
+    if previous is not None:
+        known |= {PICTURES, REPORT, PROVENANCE}
     strangers = (
         [entry.name for entry in job.output.iterdir() if entry.name not in known]
         if job.output.is_dir()

@@ -175,8 +175,10 @@ def test_run__makes_lost_maps_again(finished, data, tmp_path):
 def test_run__goes_on_where_it_stopped(finished, data, tmp_path):
     output = tmp_path / "results"
     shutil.copytree(finished, output)
-    (output / "provenance.json").unlink()
-    shutil.rmtree(output / "maps")
+    for name in ("provenance.json", "report.html"):
+        (output / name).unlink()
+    for name in ("maps", "pictures"):
+        shutil.rmtree(output / name)
     shutil.rmtree(output / "runs.zarr" / "run-2")
     kept = (output / "runs.zarr" / "run-1" / "zarr.json").stat().st_mtime_ns
     assert call(*job(data), "--output", output) == 0
@@ -191,6 +193,39 @@ def test_run__never_touches_a_foreign_folder(data, tmp_path, capsys):
     message = fails(capsys, *job(data), "--output", tmp_path / "results")
     assert "thesis.tex" in message
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["thesis.tex"]
+
+
+def test_run__its_own_report_is_no_excuse_to_write_into_a_folder(data, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "report.html").write_text("precious")
+    assert "report.html" in fails(capsys, *job(data), "--output", tmp_path / "results")
+    assert (tmp_path / "results" / "report.html").read_text() == "precious"
+
+
+def test_demo__never_touches_a_foreign_folder(tmp_path, capsys):
+    mine = tmp_path / "mine" / "data" / "session1.nii.gz"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    assert "mine" in fails(capsys, "demo", "--output", tmp_path / "mine")
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_names__with_marks_of_the_terminal_library_are_shown_as_they_are(
+    terminal, data, tmp_path, capsys, monkeypatch
+):
+    from rich.console import Console
+
+    from chunkglm import cli as module
+
+    monkeypatch.setattr(module, "ERR", Console(stderr=True, markup=False, force_terminal=terminal, width=200))
+    source = tmp_path / "[red]run[bold].nii.gz"
+    shutil.copy(data / "run1.nii.gz", source)
+    monkeypatch.chdir(tmp_path)
+    assert call("convert", source, "[b]store.zarr") == 0
+    out, err = capsys.readouterr()
+    assert "Wrote [b]store.zarr" in out
+    assert "Converting [red]run[bold].nii.gz" in err
 
 
 def test_run__prints_dof_peak_time_and_memory(data, tmp_path, capsys):
