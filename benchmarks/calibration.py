@@ -18,6 +18,7 @@ from scipy.signal import lfilter
 
 from chunkglm.kernels import glm
 from chunkglm.kernels.autocorrelation import make_correction
+from chunkglm.kernels.basis import make_basis
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,7 +87,7 @@ def p_values(noise: Floats, weights: Floats, models: dict[str, glm.Model]) -> di
 
 def models_of(X: Floats) -> dict[str, glm.Model]:
     """Every noise model for one design."""
-    basis = glm.make_basis(X)
+    basis = make_basis(X)
     options: dict[str, Any] = {"basis": basis, "dof": len(X) - basis.rank, "scaling": "none"}
     return {
         "ols": glm.Model(autoregressive=False, reference_rules=False, **options),

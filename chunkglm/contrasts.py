@@ -16,7 +16,8 @@ from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvail
 from chunkglm.expressions import contrast_weights
 from chunkglm.glm import designs_of
 from chunkglm.kernels import distributions
-from chunkglm.kernels.glm import Basis, contrast_variance, make_basis
+from chunkglm.kernels.basis import Basis, make_basis
+from chunkglm.kernels.glm import contrast_variance
 from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical_json, require, text_labels
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from chunkglm.errors import (
 )
 from chunkglm.kernels import glm as kernel
 from chunkglm.kernels.autocorrelation import make_correction
+from chunkglm.kernels.basis import Basis, make_basis, reference_rank
 from chunkglm.schema import (
     FIT,
     FORMAT_VERSION,
@@ -296,8 +297,8 @@ def _model_of(
     """Everything that a run is fitted with, and its residual degrees of freedom."""
     X = design.to_numpy(dtype=np.float64)
     with single_blas_thread():
-        basis = kernel.make_basis(X)
-        reference_rank = kernel.reference_rank(X)
+        basis = make_basis(X)
+        by_reference = reference_rank(X)
     reference_rules = compat == "nilearn"
     _check_design(X, basis, label, reference_rules=reference_rules)
     autoregressive = noise_model == "ar1"
@@ -310,10 +311,10 @@ def _model_of(
         reference_rules=reference_rules,
         correction=make_correction(basis) if autoregressive and not reference_rules else None,
     )
-    return model, len(X) - (reference_rank if reference_rules else basis.rank)
+    return model, len(X) - (by_reference if reference_rules else basis.rank)
 
 
-def _check_design(X: NDArray[np.float64], basis: kernel.Basis, label: str, *, reference_rules: bool) -> None:
+def _check_design(X: NDArray[np.float64], basis: Basis, label: str, *, reference_rules: bool) -> None:
     T, P = X.shape
     if basis.rank >= T or (reference_rules and P >= T):
         raise DesignError(

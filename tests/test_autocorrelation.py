@@ -9,6 +9,7 @@ from scipy.signal import lfilter
 
 from chunkglm.kernels import autocorrelation as ac
 from chunkglm.kernels import glm
+from chunkglm.kernels.basis import make_basis
 
 
 def expected_by_matrices(X, rho):
@@ -47,7 +48,7 @@ def test_expected_lag1__is_the_quotient_of_traces(n, n_regressors, rho, seed, re
     X = np.random.default_rng(seed).standard_normal((n, n_regressors))
     if redundant:
         X = np.column_stack([X, X[:, 0] - 3 * X[:, -1]])
-    got = ac.expected_lag1(glm.make_basis(X), rho)
+    got = ac.expected_lag1(make_basis(X), rho)
     np.testing.assert_allclose(got, expected_by_matrices(X, rho), rtol=1e-9, atol=1e-11)
 
 
@@ -56,20 +57,20 @@ def test_expected_lag1__without_loss_is_the_coefficient():
     X = np.zeros((20000, 1))
     X[0] = 1.0
     for rho in (-0.6, 0.0, 0.5, 0.9):
-        np.testing.assert_allclose(ac.expected_lag1(glm.make_basis(X), rho), rho, atol=2e-4)
+        np.testing.assert_allclose(ac.expected_lag1(make_basis(X), rho), rho, atol=2e-4)
 
 
 def test_expected_lag1__belongs_to_the_space_and_not_to_its_columns():
     X = design(80, 12)
     mixed = X @ np.random.default_rng(1).standard_normal((12, 12))
     for rho in (-0.4, 0.3, 0.9):
-        one, other = (ac.expected_lag1(glm.make_basis(Z), rho) for Z in (X, mixed))
+        one, other = (ac.expected_lag1(make_basis(Z), rho) for Z in (X, mixed))
         np.testing.assert_allclose(one, other, rtol=1e-9)
 
 
 def test_correction__reads_back_what_it_was_made_of():
     """Between the tabulated values too."""
-    basis = glm.make_basis(design(120, 14))
+    basis = make_basis(design(120, 14))
     table = ac.make_correction(basis)
     rho = np.linspace(-0.97, 0.97, 61) + 0.0011
     observed = np.array([ac.expected_lag1(basis, value) for value in rho])
@@ -81,7 +82,7 @@ def test_correction__reads_back_what_it_was_made_of():
 
 
 def test_correction__beyond_its_reach_is_the_limit_and_nan_stays_nan():
-    table = ac.make_correction(glm.make_basis(design(60, 10)))
+    table = ac.make_correction(make_basis(design(60, 10)))
     got = ac.corrected(np.array([-1.0, 1.0, np.nan]), table)
     np.testing.assert_array_equal(got, [table.limits[0], table.limits[1], np.nan])
 
@@ -89,7 +90,7 @@ def test_correction__beyond_its_reach_is_the_limit_and_nan_stays_nan():
 def test_correction__ends_where_it_stops_rising():
     """With few volumes and many regressors noise of large coefficients leaves less autocorrelation, not more."""
     X = np.column_stack([np.random.default_rng(19).standard_normal((20, 13)), np.ones(20)])
-    table = ac.make_correction(glm.make_basis(X))
+    table = ac.make_correction(make_basis(X))
     low, high = table.limits
     assert (np.diff(table.observed) > 0).all()
     assert -ac.LARGEST < low < 0 < high < ac.LARGEST
@@ -100,7 +101,7 @@ def test_correction__ends_where_it_stops_rising():
 @pytest.mark.parametrize("rho", [-0.3, 0.0, 0.3, 0.6, 0.8])
 def test_correction__finds_the_coefficient_of_simulated_noise(rho):
     X = design(200, 16)
-    basis = glm.make_basis(X)
+    basis = make_basis(X)
     signal = glm.remove_mean(glm.accumulate([noise(200, 4000, rho)], basis, np.arange(4000)), basis)
     observed = glm.yule_walker(signal, basis)
     found = ac.corrected(observed, ac.make_correction(basis))
@@ -111,7 +112,7 @@ def test_correction__finds_the_coefficient_of_simulated_noise(rho):
 
 def false_positives(n, X, rho, correction, levels=(0.05, 0.001), n_voxels=40000):
     """Two-sided rates of a contrast of the first two regressors under noise alone."""
-    basis = glm.make_basis(X)
+    basis = make_basis(X)
     model = glm.Model(
         basis,
         n - basis.rank,
@@ -131,7 +132,7 @@ def false_positives(n, X, rho, correction, levels=(0.05, 0.001), n_voxels=40000)
 def test_correction__keeps_false_positives_near_their_level():
     """The bounds are those that are promised for 200 volumes and 16 regressors, with four standard errors of the count."""
     X = design(200, 16)
-    at_05, at_001 = false_positives(200, X, 0.6, ac.make_correction(glm.make_basis(X)))
+    at_05, at_001 = false_positives(200, X, 0.6, ac.make_correction(make_basis(X)))
     assert 0.045 - 0.0044 < at_05 < 0.057 + 0.0044
     assert 0.0005 - 0.0006 < at_001 < 0.0020 + 0.0009
     without, _ = false_positives(200, X, 0.6, None)

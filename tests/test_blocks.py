@@ -120,7 +120,8 @@ def from_source(source, chunks):
 
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_task__holds_one_time_block_at_a_time(scheduler):
-    from chunkglm.kernels.glm import Model, fit_voxels, make_basis, mean_voxels
+    from chunkglm.kernels.basis import make_basis
+    from chunkglm.kernels.glm import Model, fit_voxels, mean_voxels
 
     source = Source((40, 4, 5, 6))
     bold = from_source(source, (8, 2, 5, 6))

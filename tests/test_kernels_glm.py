@@ -5,6 +5,7 @@ import pytest
 import statsmodels.api as sm
 from nilearn.glm.regression import ARModel
 
+from chunkglm.kernels.basis import make_basis, reference_rank
 from chunkglm.kernels.combine import combine_runs
 from chunkglm.kernels.glm import (
     VOXEL_TILE,
@@ -13,9 +14,7 @@ from chunkglm.kernels.glm import (
     contrast_variance,
     fit_ar1,
     fit_voxels,
-    make_basis,
     mean_voxels,
-    reference_rank,
     remove_mean,
     residual_lags,
     scale_signal,

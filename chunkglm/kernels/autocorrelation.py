@@ -24,7 +24,7 @@ from scipy.signal import lfilter
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from chunkglm.kernels.glm import Basis
+    from chunkglm.kernels.basis import Basis
 
     Floats = NDArray[np.float64]
 
