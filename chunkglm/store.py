@@ -610,10 +610,20 @@ class StoreWriter:
         )
         metadata = json.loads(self._store.root.to_bytes())
         metadata["attributes"].update(attrs)
+        metadata["consolidated_metadata"] = self._consolidated()
         manifest_metadata = _read(self._backend, _MANIFEST_FILES[0]) or b""
         metadata["attributes"][SEAL] = _seal(metadata, manifest, manifest_metadata)
         buffer = default_buffer_prototype().buffer.from_bytes(json.dumps(metadata, indent=1).encode())
         zarr.core.sync.sync(self._backend.set(ROOT, buffer))
+
+    def _consolidated(self) -> dict[str, Any]:
+        """The metadata of all arrays once more, where plain xarray and zarr look for them first."""
+        arrays = [key for key in _list(self._backend) if key.endswith(f"/{ROOT}")]
+        found = {
+            key.removesuffix(f"/{ROOT}"): json.loads(_read(self._backend, key) or b"{}")
+            for key in sorted(arrays)
+        }
+        return {"kind": "inline", "must_understand": False, "metadata": found}
 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:

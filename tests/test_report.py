@@ -453,7 +453,7 @@ def test_demo__ends_with_picture_report_and_three_things_that_work(tmp_path, mon
         start = words.index("-m") + 2 if "-m" in words else 1
         assert call(*words[start:]) == 0, step
     assert Path("slices.png").is_file()
-    assert xr.open_zarr("different.zarr", consolidated=False).z_score.sizes["run"] == 2
+    assert xr.open_zarr("different.zarr").z_score.sizes["run"] == 2
     command = re.search(r"^  .*(chunkglm run .*)$", out, flags=re.MULTILINE)[1]
     assert call(*shlex.split(command)[1:]) == 0
     assert "up to date" in capsys.readouterr().out, "the command that is shown is the job that was done"

@@ -589,7 +589,7 @@ def test_plain_xarray_opens_everything(source, run, tmp_path):
     study = tmp_path / "study.zarr"
     for label in ("run-1", "run-2"):
         convert(source, study / label)
-    plain = xr.open_zarr(study / "run-1", consolidated=False)
+    plain = xr.open_zarr(study / "run-1")
     for name in run.variables:
         xr.testing.assert_equal(plain[name].load(), run[name].load())
     tree = xr.open_datatree(study, engine="zarr", consolidated=False)
