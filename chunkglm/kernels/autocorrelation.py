@@ -19,7 +19,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.signal import lfilter
+from numpy.polynomial.polynomial import polyval
+from scipy.fft import irfft, rfft
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -55,33 +56,43 @@ class Correction(NamedTuple):
         return float(self.coefficient[0]), float(self.coefficient[-1])
 
 
-def expected_lag1(basis: Basis, rho: float) -> float:
+def expected_lag1(basis: Basis, rho: Floats) -> Floats:
     r"""Ratio of the expectations of r1 and r0 of the residuals of AR(1) noise: g of the module's docstring.
 
     Parameters
     ----------
     basis : Basis
-        Of the design.
-    rho : float
-        Coefficient of the noise, between -1 and 1.
+        Of the design, r regressors and T volumes.
+    rho : ndarray, shape (n,)
+        Coefficients of the noise, between -1 and 1.
 
     Returns
     -------
-    float
+    ndarray, shape (n,)
 
     Notes
     -----
-    In the coordinates of Q, whose :math:`Q'D_1Q = \Lambda / 2` is diagonal, the traces need only VQ, and V times a
-    vector is a filter forward plus the same backward minus the vector: O(T r).
+    In the coordinates of Q, :math:`Q'D_1Q = \Lambda / 2` is diagonal, and
+
+    .. math::
+        tr(RV) &= T - \sum_i (Q'VQ)_{ii} \\
+        tr(R D_1 R V) &= (T - 1) \rho - 2 tr(Q'D_1VQ) + \sum_i l_i (Q'VQ)_{ii} / 2.
+
+    Each of these sums is one over lags, :math:`\sum_k \rho^{|k|} s_k`, whose :math:`s_k` are correlations of the columns of Q
+    and D_1 Q: they are found once, by fast Fourier transform, in O(r T log T).
     """
     r, n = basis.rank, basis.rows.shape[1]
     Q, D1Q = basis.rows[:r], basis.rows[r : 2 * r] / 2
-    forward = lfilter([1.0], [1.0, -rho], Q)
-    backward = lfilter([1.0], [1.0, -rho], Q[:, ::-1])[:, ::-1]
-    VQ = forward + backward - Q
-    inner = np.einsum("rt,rt->r", Q, VQ)
-    lagged = (n - 1) * rho - 2 * np.einsum("rt,rt->", D1Q, VQ) + basis.lag @ inner / 2
-    return float(lagged / (n - inner.sum()))
+    of_Q, of_D1Q = rfft(Q, 2 * n), rfft(D1Q, 2 * n)
+    power = np.abs(of_Q) ** 2
+    spectra = np.stack([power.sum(axis=0), basis.lag @ power, (of_D1Q.conj() * of_Q).sum(axis=0)])
+    correlations = irfft(spectra, 2 * n)
+    sums = correlations[:, :n].copy()
+    sums[:, 1:] += correlations[:, :n:-1]
+    # By Horner's rule, lag by lag: no table of powers is held.
+    inner, weighted, lagged = (polyval(rho, one) for one in sums)
+    expected: Floats = ((n - 1) * rho - 2 * lagged + weighted / 2) / (n - inner)
+    return expected
 
 
 def make_correction(basis: Basis) -> Correction:
@@ -97,7 +108,7 @@ def make_correction(basis: Basis) -> Correction:
     """
     half = np.round(np.arange(STEP, LARGEST + STEP / 2, STEP), 4)
     coefficient = np.concatenate([-half[::-1], [0.0], half])
-    observed = np.array([expected_lag1(basis, rho) for rho in coefficient])
+    observed = expected_lag1(basis, coefficient)
     middle = len(half)
     falls = np.flatnonzero(np.diff(observed) <= 0)
     first = int(falls[falls < middle].max(initial=-1)) + 1
