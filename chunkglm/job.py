@@ -47,6 +47,10 @@ if TYPE_CHECKING:
     Definition = str | Sequence[float]
 
 
+MANY_AT_LIMIT = 0.01
+"""Part of the voxels whose autocorrelation is at its limit, above which it is worth a warning."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is asked for."""
@@ -130,10 +134,24 @@ def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
         _remove_old(job, previous)
         outputs, peaks = _write_all(job, fitted, runs, console, quiet=quiet)
     summary = Summary(False, outputs, peaks, time.monotonic() - started, peak_memory())
-    write_json(
-        job.output / PROVENANCE, _provenance(job, _job_key(job, designs, sources), runs, fitted, summary)
-    )
+    provenance = _provenance(job, _job_key(job, designs, sources), runs, fitted, summary)
+    write_json(job.output / PROVENANCE, provenance)
+    _warn_of_limits(provenance["runs"])
     return summary
+
+
+def _warn_of_limits(runs: Sequence[Mapping[str, Any]]) -> None:
+    for run in runs:
+        if run["voxels_at_ar_limit"] > MANY_AT_LIMIT * run["voxels_fitted"]:
+            low, high = run["ar_limit"]
+            share = f"{run['voxels_at_ar_limit']:,} of {run['voxels_fitted']:,} voxels"
+            warnings.warn(
+                f"In run {run['label']}, {share} are more autocorrelated than noise of a coefficient between {low:g} and "
+                f"{high:g} leaves under this design, and were fitted with that limit. So many mean drift that the design does "
+                "not hold: add drift regressors.",
+                ChunkGLMWarning,
+                stacklevel=2,
+            )
 
 
 def _remove_old(job: Job, previous: dict[str, Any] | None) -> None:

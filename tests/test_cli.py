@@ -245,6 +245,32 @@ def test_run__says_a_warning_once_in_words(data, tmp_path, capsys):
     assert "weight 0" in warned[0]
 
 
+def test_run__drift_that_the_design_lacks_is_told_and_counted(data, tmp_path, capsys):
+    """A design of a constant and one condition, and voxels that drift far."""
+    image = nib.load(data / "run1.nii.gz")
+    values = image.get_fdata()
+    values += 4000 * np.linspace(0, 1, 66) ** 2
+    write_image(tmp_path / "drifting.nii.gz", values.astype(np.float32), image.affine)
+    X = np.load(data / "run1_design.npz")["X"]
+    np.savez(tmp_path / "design.npz", X=X[:, [0, -1]])
+    words = [
+        "run",
+        tmp_path / "drifting.nii.gz",
+        "--design",
+        tmp_path / "design.npz",
+        "--mask",
+        data / "mask.nii.gz",
+    ]
+    assert call(*words, "--contrast", "x0", "--output", tmp_path / "results") == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning: ")]
+    assert len(warned) == 1
+    (run,) = json.loads((tmp_path / "results" / "provenance.json").read_text())["runs"]
+    rho = cg.open_store(tmp_path / "results" / "fit.zarr").rho.values
+    assert run["voxels_at_ar_limit"] == (rho >= 0.99).sum() > 0.5 * run["voxels_fitted"]
+    assert f"{run['voxels_at_ar_limit']:,} of {run['voxels_fitted']:,} voxels" in warned[0]
+    assert "voxels at the limit" in (tmp_path / "results" / "report.html").read_text("utf-8")
+
+
 def test_run__compat_and_precision_weighting_are_followed(data, tmp_path):
     from nilearn.glm import compute_fixed_effects
 
