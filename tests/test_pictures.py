@@ -169,6 +169,17 @@ def test_cuts__show_the_voxel_around_each_point(name):
                 assert cut.values[i, j] == data[tuple(number)]
 
 
+@pytest.mark.parametrize("length", [30, 300, 700])
+def test_oblique_grid__has_pixels_enough_and_not_more(length):
+    """At least one for each voxel, at most three, and not more than a picture shows."""
+    affine = affine_of(rotated(10, 2))
+    array = on_grid(da.zeros((2, length, length), chunks=(1, 50, 50)), affine)
+    (cut,) = cuts.take_cuts(array, [(2, 5.0)])
+    per_voxel = cut.values.shape[1] / (cut.extent[1] - cut.extent[0])
+    assert 0.999 < per_voxel <= 3.02
+    assert max(cut.values.shape) <= max(500, length * 1.2, 3 * 45)
+
+
 def test_aligned_grid__a_pixel_is_a_voxel():
     data = np.arange(np.prod(SHAPE), dtype=float).reshape(SHAPE)
     (cut,) = cuts.take_cuts(on_grid(data.T, GRIDS["x descending"]), [(2, 5.0 + 3 * 4)])

@@ -28,8 +28,14 @@ AXES = "xyz"
 IN_PLANE = ((1, 2), (0, 2), (0, 1))
 """World axes drawn to the right and upwards in a cut through x (sagittal), y (coronal) and z (axial)."""
 
+SLAB = 8
+"""Slices of an array in memory that are worked on at a time."""
+
 FINER = 3.0
-"""Pixels per voxel on an oblique grid."""
+"""Pixels per voxel on an oblique grid, at most."""
+
+ENOUGH = 500.0
+"""Pixels along the longest side of a cut through an oblique grid that are enough, if each voxel has one."""
 
 
 class Cut(NamedTuple):
@@ -125,13 +131,20 @@ def _pixel_sizes(grid: Grid) -> Array:
     if np.count_nonzero(linear > 1e-6 * linear.max()) == 3:
         sizes: Array = linear.max(axis=1)
         return sizes
-    return np.full(3, voxel_sizes(grid.affine).min() / FINER)
+    box, voxel = bounds(grid), voxel_sizes(grid.affine).min()
+    return np.full(3, np.clip((box[:, 1] - box[:, 0]).max() / ENOUGH, voxel / FINER, voxel))
 
 
 def world_of(grid: Grid, place: Sequence[Any]) -> tuple[float, float, float]:
     """Millimetres (x, y, z) of the centre of the voxel ``place`` (z, y, x)."""
     x, y, z = grid.affine[:3] @ [*place[::-1], 1.0]
     return float(x), float(y), float(z)
+
+
+def _in_pieces(array: xr.DataArray) -> xr.DataArray:
+    """The array, dims (z, y, x), in dask chunks: what is made of one in memory must not hold it several times over."""
+    array = array.transpose(*SPACE)
+    return array if array.chunks else array.chunk(z=SLAB)
 
 
 def millimetres(place: Sequence[float]) -> list[str]:
@@ -156,7 +169,7 @@ def largest(array: xr.DataArray) -> tuple[tuple[float, float, float], float]:
     InputError
         If no value is finite.
     """
-    array = array.transpose(*SPACE)
+    array = _in_pieces(array)
     values = array.astype(np.float64)
     size = abs(values).where(abs(values) < np.inf, -1.0)
     # Along one dimension after another: each step reduces chunk by chunk, and keeps the first of equals.
@@ -177,7 +190,7 @@ def occupied(array: xr.DataArray, axis: int) -> tuple[float, float]:
     A lazy array is reduced chunk by chunk; without any such value, the ends of the grid.
     """
     grid = grid_of(array)
-    array = array.transpose(*SPACE)
+    array = _in_pieces(array)
     there = ((array != 0) & (abs(array) < np.inf)).drop_vars(SPACE)
     place = there.astype(np.float64).where(there) * grid.affine[axis, 3]
     for number, dim in enumerate(SPACE[::-1]):
