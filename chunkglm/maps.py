@@ -9,6 +9,7 @@ import numpy as np
 
 from chunkglm import grids, nifti
 from chunkglm._version import __version__
+from chunkglm.errors import StoreError
 from chunkglm.expressions import contrast_name
 from chunkglm.schema import SPACE
 
@@ -152,8 +153,24 @@ def peaks(maps: xr.Dataset) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     # A file name that is not UTF-8 becomes an escape of JSON.
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    partial.replace(path)
+    write_whole(path, text.encode("utf-8", errors="backslashreplace"))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file completely or not at all.
+
+    Raises
+    ------
+    StoreError
+        If it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path} was not written: {error}. Check the folder and its free space.") from error
+    finally:
+        partial.unlink(missing_ok=True)

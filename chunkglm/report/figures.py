@@ -7,7 +7,8 @@ import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from chunkglm.errors import MissingDependencyError, StoreError
+from chunkglm.errors import MissingDependencyError
+from chunkglm.maps import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,9 +43,7 @@ def figure_class() -> type[Figure]:
 
 def png(figure: Figure, dpi: int = 150) -> bytes:
     """The figure as a PNG file; the same figure gives the same bytes."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
-    return stream.getvalue()
+    return _rendered(figure, "png", dpi=dpi, metadata={"Software": None})
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -55,11 +54,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     StoreError
         If it cannot be written.
     """
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} was not written: {error}. Check the folder and its free space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, _rendered(figure, path.suffix.lower().removeprefix("."), dpi=150))
+
+
+def _rendered(figure: Figure, kind: str, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    figure.savefig(stream, format=kind, **options)
+    return stream.getvalue()

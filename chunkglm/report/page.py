@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from chunkglm import nifti
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.errors import InputError, MissingDependencyError, StoreError
+from chunkglm.errors import InputError, MissingDependencyError
 from chunkglm.glm import designs_of
-from chunkglm.maps import MEAN_IMAGE, PROVENANCE, map_name
+from chunkglm.maps import MEAN_IMAGE, PROVENANCE, map_name, write_whole
 from chunkglm.report.cuts import largest, millimetres
 from chunkglm.report.designs import plot_design
 from chunkglm.report.figures import figure_class, png
@@ -116,7 +116,7 @@ def report(
         title=_title(provenance), sections=sections, version=__version__, provenance=provenance
     )
     # A file name that is not UTF-8 is shown with the sign for an unknown character.
-    _write(folder / REPORT, text.encode("utf-8", errors="replace"))
+    write_whole(folder / REPORT, text.encode("utf-8", errors="replace"))
     return folder / REPORT
 
 
@@ -171,18 +171,6 @@ def _counter(total: int, progress: Callable[[int, int], None] | None) -> Callabl
             progress(done, total)
 
     return advance
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path} was not written: {error}. Check the folder and its free space.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _title(provenance: Mapping[str, Any]) -> str:
@@ -278,7 +266,7 @@ def _drawn(
                 vmax=vmax,
             )
         )
-        _write(results.folder / PICTURES / file_name, picture)
+        write_whole(results.folder / PICTURES / file_name, picture)
         pictures.append(_uri(picture))
         results.advance()
     return {"of": of, "pictures": pictures, **entry}
