@@ -131,6 +131,20 @@ def grid_of(obj: xr.Dataset | xr.DataArray) -> Grid:
     return Grid((sizes.get("z", 1), sizes.get("y", 1), sizes.get("x", 1)), slice_affine(obj))
 
 
+def world_of(grid: Grid, place: Sequence[Any]) -> tuple[float, float, float]:
+    """Find the millimetres (x, y, z) of the centre of the voxel ``place`` (z, y, x)."""
+    x, y, z = grid.affine[:3] @ [*place[::-1], 1.0]
+    return float(x), float(y), float(z)
+
+
+def with_space(array: xr.DataArray) -> xr.DataArray:
+    """Give back the spatial dims that were selected to a scalar, with length 1."""
+    for dim in SPACE:
+        if dim not in array.dims and dim in array.coords and array.coords[dim].ndim == 0:
+            array = array.expand_dims(dim)
+    return array
+
+
 def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str) -> None:
     """Refuse two grids that differ by more than rounding.
 

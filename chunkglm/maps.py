@@ -137,7 +137,7 @@ def peaks(maps: xr.Dataset) -> dict[str, Any]:
     if not voxels:
         return {"voxels": 0, "highest": None, "lowest": None}
     t, dof = maps["stat"].transpose(*SPACE).values, maps["dof"].values
-    affine = grids.slice_affine(maps)
+    grid = grids.grid_of(maps)
 
     def at(number: np.intp) -> dict[str, Any]:
         place = np.unravel_index(number, z.shape)
@@ -145,7 +145,7 @@ def peaks(maps: xr.Dataset) -> dict[str, Any]:
             "z": float(z[place]),
             "t": float(t[place]),
             "dof": float(dof[place] if dof.ndim else dof),
-            "mm": [round(float(v), 3) for v in (affine @ [*place[::-1], 1])[:3]],
+            "mm": [round(mm, 3) for mm in grids.world_of(grid, place)],
         }
 
     return {"voxels": voxels, "highest": at(np.nanargmax(z)), "lowest": at(np.nanargmin(z))}

@@ -37,7 +37,15 @@ from chunkglm.errors import (
     StoreError,
     StoreExistsError,
 )
-from chunkglm.grids import Grid, check_same_grid, grid_coords, grid_of, slice_affine, voxel_sizes
+from chunkglm.grids import (
+    Grid,
+    check_same_grid,
+    grid_coords,
+    grid_of,
+    slice_affine,
+    voxel_sizes,
+    with_space,
+)
 from chunkglm.schema import SPACE
 
 if TYPE_CHECKING:
@@ -825,9 +833,7 @@ def _with_space_last(array: xr.DataArray) -> xr.DataArray:
         raise InputError(
             f"A {type(array).__name__} cannot be written as NIfTI; give one variable of it, a DataArray."
         )
-    for dim in SPACE:
-        if dim not in array.dims and dim in array.coords and array.coords[dim].ndim == 0:
-            array = array.expand_dims(dim)
+    array = with_space(array)
     other = [dim for dim in array.dims if dim not in SPACE]
     if set(SPACE) - set(array.dims) or len(other) > 4 or 0 in array.shape:
         raise InputError(

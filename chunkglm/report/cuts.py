@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from chunkglm.errors import InputError
-from chunkglm.grids import Grid, grid_of, voxel_sizes
+from chunkglm.grids import Grid, grid_of, voxel_sizes, world_of
 from chunkglm.schema import SPACE
 
 if TYPE_CHECKING:
@@ -133,12 +133,6 @@ def _pixel_sizes(grid: Grid) -> Array:
         return sizes
     box, voxel = bounds(grid), voxel_sizes(grid.affine).min()
     return np.full(3, np.clip((box[:, 1] - box[:, 0]).max() / ENOUGH, voxel / FINER, voxel))
-
-
-def world_of(grid: Grid, place: Sequence[Any]) -> tuple[float, float, float]:
-    """Millimetres (x, y, z) of the centre of the voxel ``place`` (z, y, x)."""
-    x, y, z = grid.affine[:3] @ [*place[::-1], 1.0]
-    return float(x), float(y), float(z)
 
 
 def _in_pieces(array: xr.DataArray) -> xr.DataArray:

@@ -18,7 +18,8 @@ import xarray as xr
 
 from chunkglm import nifti
 from chunkglm.errors import InputError, MissingDependencyError
-from chunkglm.grids import grid_of
+from chunkglm.grids import grid_of, with_space
+from chunkglm.maps import MAPS
 from chunkglm.report.cuts import AXES, IN_PLANE, Cut, check_within, largest, millimetres, occupied, take_cuts
 from chunkglm.report.figures import figure_class
 from chunkglm.schema import SPACE
@@ -51,8 +52,6 @@ N_SLICES = 18
 COLD = ((0.0, "#00004d"), (0.3, "#1a3fe0"), (0.65, "#00a8ff"), (1.0, "#c8ffff"))
 HOT = ((0.0, "#4d0000"), (0.3, "#e0261a"), (0.65, "#ff9f00"), (1.0, "#ffffb0"))
 """Colours from 0 to the end of the scale, dark to light on both sides: readable without telling red from green."""
-
-SHORT_NAMES = {"z_score": "z", "stat": "t", "p_value": "p", "effect": "effect", "variance": "variance"}
 
 
 def plot(  # noqa: PLR0917  (the promised order)
@@ -135,19 +134,13 @@ def _volume(image: xr.DataArray | ImageLike, what: str) -> xr.DataArray:
         )
     if not isinstance(image, xr.DataArray):
         return nifti.read_map(image)
-    for dim in SPACE:
-        if dim not in image.dims and dim in image.coords and image.coords[dim].ndim == 0:
-            image = image.expand_dims(dim)
+    image = with_space(image)
     image = image.squeeze(
         [dim for dim in image.dims if dim not in SPACE and image.sizes[dim] == 1], drop=True
     )
     if set(image.dims) != set(SPACE) or image.dtype.kind not in "biuf":
-        more = [f"{dim!r} ({image.sizes[dim]})" for dim in image.dims if dim not in SPACE]
-        mend = (
-            f" Choose one along {', '.join(more)}: for example array.isel({more[0].split(chr(39))[1]}=0)."
-            if more
-            else ""
-        )
+        more = [dim for dim in image.dims if dim not in SPACE]
+        mend = f" Choose one along {more[0]!r}: for example array.isel({more[0]}=0)." if more else ""
         raise InputError(
             f"The {what} has dims {dict(image.sizes)} and dtype {image.dtype}; a picture needs one volume (z, y, x) of real "
             f"numbers.{mend}"
@@ -191,7 +184,7 @@ def _label(array: xr.DataArray) -> str:
     """What the numbers of a map are, as far as its name tells."""
     name = "" if array.name is None else str(array.name)
     entity = re.search(r"_stat-([a-zA-Z]+)_", os.path.basename(name))  # noqa: PTH119  (may be a URL)
-    return entity[1] if entity else SHORT_NAMES.get(name, "")
+    return entity[1] if entity else MAPS.get(name, "")
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
