@@ -128,11 +128,14 @@ _contrasts = click.option(
     metavar="NAME=EXPRESSION",
     help="NAME=EXPRESSION, NAME=[weights], or a bare expression; may be repeated.",
 )
-_threshold = click.option(
-    "--threshold",
-    type=float,
-    help="Absolute value below which pictures show nothing; corrects for nothing.  [default: 3]",
-)
+
+
+def _threshold(default: float | None) -> Callable[[Any], Any]:
+    shown = "as the job was asked for" if default is None else f"{default:g}"
+    what = "Absolute value below which pictures show nothing; corrects for nothing."
+    return click.option("--threshold", type=float, default=default, help=f"{what}  [default: {shown}]")
+
+
 _cut_coords = click.option(
     "--cut-coords",
     type=float,
@@ -434,7 +437,7 @@ def export(store: str, output: str, *, overwrite: bool) -> None:
     type=EXISTING,
     help="Image to draw it on, such as the mean image; or a run store, for its mean image.",
 )
-@_threshold
+@_threshold(3.0)
 @_cut_coords
 @click.option(
     "--kind",
@@ -452,7 +455,6 @@ def plot(
     output: Path,
     *,
     background: str | None,
-    threshold: float | None,
     cut_coords: tuple[float, float, float] | None,
     slices: str | None,
     overwrite: bool,
@@ -486,7 +488,6 @@ def plot(
     figure = draw(
         map_,
         under,
-        threshold=3.0 if threshold is None else threshold,
         cut_coords=cut_coords if slices is None else _numbers(slices),
         **options,
     )
@@ -505,7 +506,7 @@ def _numbers(text: str) -> list[float]:
 
 @cli.command()
 @click.argument("results", type=click.Path(path_type=Path))
-@_threshold
+@_threshold(None)
 @_cut_coords
 def report(results: Path, threshold: float | None, cut_coords: tuple[float, float, float] | None) -> None:
     """Draw the report of a finished job again.
@@ -530,7 +531,7 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
 @_smoothing
 @_model
 @_precision_weighted
-@_threshold
+@_threshold(3.0)
 @_cut_coords
 @_memory
 @_n_threads
@@ -540,7 +541,6 @@ def run(
     contrasts: tuple[str, ...],
     column_names: str | None,
     signal_scaling: str,
-    threshold: float | None,
     *,
     as_json: bool,
     **options: Any,
@@ -557,7 +557,6 @@ def run(
         contrasts=_read_contrasts(contrasts),
         column_names=read_column_names(column_names) if column_names else None,
         signal_scaling=_scaling(signal_scaling),
-        threshold=3.0 if threshold is None else threshold,
         command=("chunkglm", *_State.arguments),
         **options,
     )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 CONTRAST = "DSt_minus_SSt"
 WEIGHTS = [-1.0, -1.0, 1.0, 1.0]
 SESSIONS = (1, 2)
+SMOOTHING = 5.0
 
 SIMULATED_CUTS = (-28.0, -8.0, 6.0)
 """A point from which the three cuts meet all the regions that respond to the contrast."""
@@ -80,12 +81,10 @@ def run_simulated(output: Path, console: Console, *, quiet: bool = False, overwr
             truths.append(_simulate(data, session))
             if progress is not None:
                 progress(session, len(SESSIONS))
-    job = Job(
+    job = _job(
         runs=tuple(str(data / f"session{s}.nii.gz") for s in SESSIONS),
         designs=tuple(str(data / f"session{s}_design.npz") for s in SESSIONS),
         mask=str(data / "mask.nii.gz"),
-        smoothing_fwhm=5.0,
-        contrasts={CONTRAST: WEIGHTS},
         cut_coords=SIMULATED_CUTS,
         output=output,
         overwrite=overwrite,
@@ -93,7 +92,7 @@ def run_simulated(output: Path, console: Console, *, quiet: bool = False, overwr
     command, summary = _run(job, console, quiet=quiet)
     effect = nifti.read_map(output / "maps" / f"{map_name(CONTRAST, 'effect')}.nii.gz").values
     lines = [_recovery(truths[0], effect), _peaks(summary), *_what_next(output, summary, "DSt + DSp")]
-    return Outcome("Two simulated sessions, smoothed by 5 mm.", command, summary, lines)
+    return Outcome(f"Two simulated sessions, smoothed by {SMOOTHING:g} mm.", command, summary, lines)
 
 
 def run_fiac(output: Path, console: Console, *, quiet: bool = False, overwrite: bool = False) -> Outcome:
@@ -126,19 +125,17 @@ def run_fiac(output: Path, console: Console, *, quiet: bool = False, overwrite: 
     for session in SESSIONS:
         designs.append(str(data / f"session{session}_design.csv"))
         _with_different_names(fetched[f"design_matrix{session}"]).to_csv(designs[-1], index=False)
-    job = Job(
+    job = _job(
         runs=tuple(str(fetched[f"func{s}"]) for s in SESSIONS),
         designs=tuple(designs),
         mask=str(fetched["mask"]),
         t_r=FIAC_T_R,
-        smoothing_fwhm=5.0,
-        contrasts={CONTRAST: WEIGHTS},
         cut_coords=FIAC_CUTS,
         output=output,
         overwrite=overwrite,
     )
     command, summary = _run(job, console, quiet=quiet)
-    about = "The two sessions of the reference example (FIAC), smoothed by 5 mm."
+    about = f"The two sessions of the reference example (FIAC), smoothed by {SMOOTHING:g} mm."
     return Outcome(about, command, summary, [_peaks(summary), *_what_next(output, summary, "[0,0,1,1]")])
 
 
@@ -214,13 +211,25 @@ def _with_different_names(design: pd.DataFrame) -> pd.DataFrame:
 # ------------------------------------------------------------------------------------------------------------ the job
 
 
+def _job(**asked: Any) -> Job:
+    """What the reference example asks of any two sessions."""
+    return Job(smoothing_fwhm=SMOOTHING, contrasts={CONTRAST: WEIGHTS}, **asked)
+
+
 def _run(job: Job, console: Console, *, quiet: bool) -> tuple[str, Summary]:
     """Do the job; returns the command that does the same, too."""
     words: list[str] = ["chunkglm", "run", *job.runs]
     for design in job.designs:
         words += ["--design", design]
     weights = ",".join(f"{w:g}" for w in WEIGHTS)
-    words += ["--mask", str(job.mask), "--smoothing-fwhm", "5", "--contrast", f"{CONTRAST}=[{weights}]"]
+    words += [
+        "--mask",
+        str(job.mask),
+        "--smoothing-fwhm",
+        f"{SMOOTHING:g}",
+        "--contrast",
+        f"{CONTRAST}=[{weights}]",
+    ]
     if job.t_r is not None:
         words += ["--t-r", f"{job.t_r:g}"]
     if job.cut_coords is not None:

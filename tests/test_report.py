@@ -311,7 +311,10 @@ def test_run__a_file_name_that_is_no_text_does_no_harm(data, tmp_path):
     assert call(*words, "--output", tmp_path / "results") == 0
     told = json.loads((tmp_path / "results" / "provenance.json").read_text("utf-8"))
     assert told["runs"][0]["path"] == name
-    assert "run?.nii.gz" in Parsed(tmp_path / "results" / "report.html").text
+    parsed = Parsed(tmp_path / "results" / "report.html")
+    assert "run?.nii.gz" in parsed.text
+    assert "fixed effects of 1 run" in parsed.text
+    assert "1 runs" not in parsed.text
 
 
 # ------------------------------------------------------------------------------------------------------------ plot verb

@@ -112,9 +112,7 @@ def report(
     )
     (folder / PICTURES).mkdir(exist_ok=True)
     sections = [(section, section.content(found)) for section in SECTIONS]
-    text = page.render(
-        title=_title(provenance), sections=sections, version=__version__, provenance=provenance
-    )
+    text = page.render(title=_title(provenance), sections=sections, version=__version__)
     # A file name that is not UTF-8 is shown with the sign for an unknown character.
     write_whole(folder / REPORT, text.encode("utf-8", errors="replace"))
     return folder / REPORT
@@ -179,7 +177,7 @@ def _title(provenance: Mapping[str, Any]) -> str:
 
 
 def _count(runs: Sequence[Any]) -> str:
-    return "1 run" if len(runs) == 1 else f"fixed effects of {len(runs)} runs"
+    return f"fixed effects of {len(runs)} run{'s' if len(runs) > 1 else ''}"
 
 
 def _uri(picture: bytes) -> str:
@@ -251,7 +249,7 @@ def _drawn(
 ) -> dict[str, Any]:
     """Draw one map into files, and give it with its numbers to the page."""
     run, name = entry["run"], entry["contrast"]
-    of = f"fixed effects of {len(results.provenance['runs'])} runs" if run is None else f"run {run}"
+    of = _count(results.provenance["runs"]) if run is None else f"run {run}"
     pictures = []
     for file_name in picture_names(name, run):
         kind = "ortho" if file_name.endswith("_ortho.png") else "mosaic"
