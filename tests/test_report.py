@@ -184,6 +184,24 @@ def test_report__repeats_the_command(results):
         assert version in text
 
 
+@pytest.mark.parametrize(
+    ("more", "said", "unsaid"),
+    [
+        ((), "corrected for its bias", "nilearn"),
+        (("--compat", "nilearn"), "in steps of .01, not corrected", "corrected for its bias"),
+        (("--noise-model", "ols", "--signal-scaling", "none"), "was not scaled", "autoregressive"),
+        (("--noise-model", "ols", "--compat", "nilearn"), "ordinary least squares", "autoregressive"),
+        (("--precision-weighted", "--smoothing-fwhm", "4"), "inverse of their variance", "equal weights"),
+    ],
+)
+def test_report__says_what_was_asked_and_nothing_else(more, said, unsaid, data, tmp_path):
+    assert call(*job(data, *more, contrasts=["DSp"]), "--output", tmp_path / "results") == 0
+    text = Parsed(tmp_path / "results" / "report.html").text
+    asked = text[text.rindex("What was asked") : text.rindex("z scores beyond")]
+    assert said in asked
+    assert unsaid not in asked
+
+
 def test_report__draws_runs_and_fixed_effects_on_one_scale(data, tmp_path, monkeypatch):
     drawn = []
 

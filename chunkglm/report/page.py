@@ -31,10 +31,21 @@ if TYPE_CHECKING:
 
 REPORT, PICTURES = "report.html", "pictures"
 
+_WHITE = "Noise is white (ordinary least squares)."
 NOISE = {
-    "ols": "Noise was taken to be white (ordinary least squares).",
-    "ar1": "Noise was taken to be autoregressive of order 1, with each voxel's own coefficient (corrected for its bias).",
+    ("ols", None): _WHITE,
+    ("ols", "nilearn"): _WHITE,
+    (
+        "ar1",
+        None,
+    ): "Noise is autoregressive of order 1, with each voxel's own coefficient, corrected for its bias.",
+    (
+        "ar1",
+        "nilearn",
+    ): "Noise is autoregressive of order 1, with coefficients in steps of .01, not corrected.",
 }
+"""What the noise model and compat mean."""
+
 SCALING = {
     "voxel": "The signal is in percent of each voxel's mean.",
     "run": "The signal is in percent of the run's mean.",
@@ -211,7 +222,7 @@ def _asked(results: Results) -> dict[str, Any]:
         "The brain was found in each run's temporal mean."
         if mask is None
         else f"The mask is {_name_of(mask['path'])}.",
-        NOISE.get(options["noise_model"], f"The noise model was {options['noise_model']}."),
+        NOISE[options["noise_model"], options["compat"]],
         SCALING[options["signal_scaling"]],
         f"Fixed effects combine the runs {weighting}; their degrees of freedom add up.",
     ]
