@@ -17,7 +17,7 @@ from scipy import stats
 from scipy.signal import lfilter
 
 from chunkglm.kernels import glm
-from chunkglm.kernels.autocorrelation import make_correction
+from chunkglm.kernels.autocorrelation import Correction, lag_expectations, make_correction
 from chunkglm.kernels.basis import make_basis
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ NOISE = {
 """Coefficients of the noise, by what the table calls them."""
 
 LENGTHS = (100, 200, 400)
+CENSORED = 0.2
+"""Part of the volumes that are left out at random, in the rows that say so."""
+
+MODELS = ("ols", "compat", "default", "ar2")
 N_REGRESSORS = 16
 T_R = 2.0
 BATCH = 20_000
@@ -78,28 +82,38 @@ def p_values(noise: Floats, weights: Floats, models: dict[str, glm.Model]) -> di
     """Two-sided p values of a contrast at every voxel, by model."""
     found = {}
     for name, model in models.items():
-        fit = glm.fit_voxels([noise], np.arange(noise.shape[1]), model)
-        variance = fit.sigma2 * glm.contrast_variance(model.basis, weights, fit.rho)
-        t = weights @ fit.beta / np.sqrt(variance)
-        found[name] = 2 * stats.t.sf(np.abs(t), model.dof)
+        # The reference drops censored volumes.
+        data = noise[models["ols"].basis.kept] if model.reference_rules else noise
+        fit = glm.fit_voxels([data], np.arange(noise.shape[1]), model)
+        covariance = glm.contrast_covariance(model.basis, weights[None], fit.rho)[0, 0]
+        t = weights @ fit.beta / np.sqrt(fit.sigma2 * covariance)
+        dof: Any = model.dof
+        if isinstance(model.correction, Correction):
+            dof = glm.effective_dof(model.basis, weights[None], fit.rho, model.correction, model.dof)
+        found[name] = 2 * stats.t.sf(np.abs(t), dof)
     return found
 
 
-def models_of(X: Floats) -> dict[str, glm.Model]:
+def models_of(X: Floats, kept: NDArray[np.bool_]) -> dict[str, glm.Model]:
     """Every noise model for one design."""
-    basis = make_basis(X)
-    options: dict[str, Any] = {"basis": basis, "dof": len(X) - basis.rank, "scaling": "none"}
+    bases = {
+        "ols": make_basis(X, kept, order=0),
+        "compat": make_basis(X[kept]),
+        "default": make_basis(X, kept),
+        "ar2": make_basis(X, kept, order=2),
+    }
+    corrections: dict[str, Any] = {
+        "default": make_correction(bases["default"]),
+        "ar2": lag_expectations(bases["ar2"]),
+    }
     return {
-        "ols": glm.Model(autoregressive=False, reference_rules=False, **options),
-        "compat": glm.Model(autoregressive=True, reference_rules=True, **options),
-        "default": glm.Model(
-            autoregressive=True, reference_rules=False, correction=make_correction(basis), **options
-        ),
+        name: glm.Model(basis, basis.n_kept - basis.rank, "none", name == "compat", corrections.get(name))
+        for name, basis in bases.items()
     }
 
 
 def rates(
-    kind: str, n_volumes: int, coefficients: Sequence[float], n_voxels: int, n_designs: int
+    kind: str, n_volumes: int, coefficients: Sequence[float], n_voxels: int, n_designs: int, *, censored: bool
 ) -> dict[str, Floats]:
     """Rates at every level, by model, over several designs."""
     counts: dict[str, Floats] = {}
@@ -108,8 +122,9 @@ def rates(
         X = make_design(kind, n_volumes, seed)
         weights = np.zeros(X.shape[1])
         weights[:2] = 1.0, -1.0
-        models = models_of(X)
         rng = np.random.default_rng([seed, n_volumes, *(int(1000 * c) for c in coefficients)])
+        kept = rng.random(n_volumes) >= CENSORED if censored else np.ones(n_volumes, dtype=bool)
+        models = models_of(X, kept)
         for start in range(0, n_voxels, BATCH):
             noise = make_noise(rng, n_volumes, min(BATCH, n_voxels - start), coefficients)
             total += noise.shape[1]
@@ -120,17 +135,17 @@ def rates(
     return {name: count / total for name, count in counts.items()}
 
 
-def draw(table: list[tuple[str, int, str, dict[str, Floats]]], path: Path) -> None:
+def draw(table: list[tuple[str, str, str, dict[str, Floats]]], path: Path) -> None:
     """The rates at the smallest level, in units of that level."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     axes = figure.subplots(1, len(LENGTHS), sharey=True, squeeze=False)[0]
-    colours = {"ols": "#c8553d", "compat": "#e0a030", "default": "#0b5cad"}
+    colours = {"ols": "#c8553d", "compat": "#e0a030", "default": "#0b5cad", "ar2": "#4f9d69"}
     for ax, n_volumes in zip(axes, LENGTHS, strict=True):
         for model, colour in colours.items():
             for kind, line in (("events", "-"), ("blocks", "--")):
-                rows = [r for k, n, _, r in table if n == n_volumes and k == kind]
+                rows = [r for k, n, _, r in table if n == str(n_volumes) and k == kind]
                 ax.plot(
                     [r[model][-1] / LEVELS[-1] for r in rows], line, color=colour, marker="o", markersize=3
                 )
@@ -154,21 +169,24 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--voxels", type=int, default=40_000, help="of noise, for each design")
     parser.add_argument("--designs", type=int, default=5, help="random orders of events, for each row")
     parser.add_argument("--volumes", type=int, nargs="*", default=list(LENGTHS))
+    parser.add_argument(
+        "--censored", type=int, default=200, help="volumes of the rows with censoring; 0: none"
+    )
     parser.add_argument("--picture", type=Path, help="file to draw to; needs all lengths")
     given = parser.parse_args(arguments)
-    head = " | ".join(
-        f"{model} {level:g}".replace("0.", ".") for model in ("ols", "compat", "default") for level in LEVELS
-    )
+    head = " | ".join(f"{model} {level:g}".replace("0.", ".") for model in MODELS for level in LEVELS)
     print(f"| design | volumes | noise | {head} |")
-    print("|---|---|---|" + "---|" * (3 * len(LEVELS)))
+    print("|---|---|---|" + "---|" * (len(MODELS) * len(LEVELS)))
     table = []
-    for kind in ("events", "blocks"):
-        for n_volumes in given.volumes:
-            for name, coefficients in NOISE.items():
-                found = rates(kind, n_volumes, coefficients, given.voxels, given.designs)
-                table.append((kind, n_volumes, name, found))
-                cells = " | ".join(f"{rate:.4f}".lstrip("0") for rate in np.concatenate(list(found.values())))
-                print(f"| {kind} | {n_volumes} | {name} | {cells} |", flush=True)
+    kinds = [(kind, n, False) for kind in ("events", "blocks") for n in given.volumes]
+    kinds += [(kind, given.censored, True) for kind in ("events", "blocks") if given.censored]
+    for kind, n_volumes, censored in kinds:
+        for name, coefficients in NOISE.items():
+            found = rates(kind, n_volumes, coefficients, given.voxels, given.designs, censored=censored)
+            shown = f"{n_volumes}, {CENSORED:.0%} censored" if censored else str(n_volumes)
+            table.append((kind, shown, name, found))
+            cells = " | ".join(f"{rate:.4f}".lstrip("0") for model in MODELS for rate in found[model])
+            print(f"| {kind} | {shown} | {name} | {cells} |", flush=True)
     if given.picture is not None:
         draw(table, given.picture)
 

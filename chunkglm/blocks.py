@@ -219,6 +219,15 @@ def mean(array: Any) -> Any:
     return da.nanmean(array)
 
 
+def mean_rows(rows: Any) -> Array:
+    """Average each row of a dask array over all that is not NaN, at once; NaN for a row where nothing is left."""
+    axes = tuple(range(1, rows.ndim))
+    total, count = da.compute(da.nansum(rows, axis=axes), da.isfinite(rows).sum(axis=axes))
+    with np.errstate(invalid="ignore"):
+        averages: Array = total / count
+    return averages
+
+
 def _recipe(graph: dict[Any, Any], key: Any) -> _Recipe:
     needed, _ = _cull(graph, [key])
     return _Recipe(dict(needed), key)

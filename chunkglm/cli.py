@@ -109,7 +109,11 @@ _design = click.option(
 )
 _model = _options(
     click.option(
-        "--noise-model", default="ar1", show_default=True, help="ar1 (each voxel's own coefficient) or ols."
+        "--noise-model",
+        default="ar1",
+        show_default=True,
+        metavar="ols|ar1|ar2|...|auto",
+        help="Autoregressive noise with each voxel's own coefficients; auto chooses the order of each run.",
     ),
     click.option(
         "--signal-scaling",
@@ -119,6 +123,13 @@ _model = _options(
         help="Percent of the voxel's mean, of the run's mean, or no scaling.",
     ),
     click.option("--compat", type=click.Choice(["nilearn"]), help="The numbers of nilearn 0.14.1."),
+    click.option(
+        "--sample-mask",
+        "sample_masks",
+        multiple=True,
+        metavar="FILE|all",
+        help="Volumes of a run to keep: 1 or 0 for each, or their numbers from 0; once for each run, in their order.",
+    ),
 )
 _contrasts = click.option(
     "--contrast",
@@ -126,7 +137,8 @@ _contrasts = click.option(
     multiple=True,
     required=True,
     metavar="NAME=EXPRESSION",
-    help="NAME=EXPRESSION, NAME=[weights], or a bare expression; may be repeated.",
+    help="NAME=EXPRESSION, NAME=[weights], or a bare expression; semicolons separate the rows of an F contrast; may be "
+    "repeated.",
 )
 
 
@@ -343,6 +355,7 @@ def fit(
     n_threads: int,
     *,
     overwrite: bool,
+    sample_masks: tuple[str, ...],
     signal_scaling: str,
     **options: Any,
 ) -> None:
@@ -353,7 +366,9 @@ def fit(
     stores.check_free(output, overwrite=overwrite)
     names = read_column_names(column_names) if column_names else None
     frames = [read_design(path, columns=jobs.names_for(path, names)) for path in designs]
-    lazy = fit_runs(_open_runs(runs), frames, signal_scaling=_scaling(signal_scaling), **options)
+    masks = [jobs.sample_mask_of(path) for path in sample_masks] or None
+    scaling = _scaling(signal_scaling)
+    lazy = fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **options)
     _save(lazy, output, "Fitting", n_threads=n_threads, overwrite=overwrite)
 
 
@@ -629,9 +644,9 @@ def _peak_table(contrast: str, entries: list[dict[str, Any]]) -> Table:
     for entry in entries:
         cells = ["-"] * 5
         if entry["highest"] is not None:
-            cells = [f"{entry['highest']['dof']:g}"]
+            cells = [f"{entry['highest']['dof']:.4g}"]
             for end in (entry["highest"], entry["lowest"]):
-                cells += [f"{end['z']:.2f}", ", ".join(millimetres(end["mm"]))]
+                cells += ["-", "-"] if end is None else [f"{end['z']:.2f}", ", ".join(millimetres(end["mm"]))]
         table.add_row("fixed effects" if entry["run"] is None else f"run {entry['run']}", *cells)
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,12 +12,14 @@ import xarray as xr
 
 from chunkglm.blocks import map_rows, single_blas_thread, stack
 from chunkglm.design import is_estimable
-from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvailableError
-from chunkglm.expressions import contrast_weights
-from chunkglm.glm import designs_of
+from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
+from chunkglm.expressions import Rows, contrast_rows
+from chunkglm.glm import designs_of, kept_of
 from chunkglm.kernels import distributions
+from chunkglm.kernels.autocorrelation import Correction, make_correction
 from chunkglm.kernels.basis import Basis, make_basis
-from chunkglm.kernels.glm import contrast_variance
+from chunkglm.kernels.combine import f_statistic
+from chunkglm.kernels.glm import contrast_covariance, effective_dof, whitener
 from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical_json, require, text_labels
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
-    Definition = str | Sequence[float] | NDArray[Any]
+    from chunkglm.expressions import Definition
 
 LEAST_VARIANCE = 1e-50
 """Variances below this count as this in the reference's statistic (nilearn 0.14.1)."""
@@ -35,77 +37,109 @@ LEAST_VARIANCE = 1e-50
 def contrast(
     fit: xr.Dataset, definition: Definition | Mapping[str, Definition], *, stat_type: str | None = None
 ) -> xr.Dataset:
-    """Test a linear combination of the regressors in every run, lazily.
+    """Test linear combinations of the regressors in every run, lazily.
 
     Parameters
     ----------
     fit : Dataset
         From :func:`chunkglm.fit`, or saved and opened again; or some runs or voxels of it.
-    definition : str, vector or mapping of names to them
-        A linear expression over regressors such as ``"face - house"`` or ``"0.5*a + 0.5*b - c"`` (names that are
-        no plain words in backticks), or weights in the order of the regressors; a vector that is too short is
-        filled with zeros, with a warning. A mapping adds a dimension ``contrast``.
-    stat_type : {None, "t"}
-        F contrasts are not available yet.
+    definition : str, vector, matrix, sequence of str, or mapping of names to any of these
+        For a t contrast a linear expression over regressors such as ``"face - house"`` or ``"0.5*a + 0.5*b - c"`` (names
+        that are no plain words in backticks), or weights in the order of the regressors; a vector that is too
+        short is filled with zeros, with a warning. For an F contrast several rows of them: a matrix of weights, a
+        list of expressions, or, as the value of a name, a mapping of names of rows to expressions or weights. Rows
+        that follow from others are left out, with a warning. A mapping adds a dimension ``contrast``.
+    stat_type : {None, "t", "F"}
+        By default, one row is a t contrast and several are an F contrast. One call is all t or all F: ``"F"`` makes
+        F contrasts of single rows too.
 
     Returns
     -------
     Dataset
-        ``effect``, ``variance``, ``stat``, ``p_value``, ``z_score`` with dims ``(run, z, y, x)`` and
-        ``dof (run)``, float64. ``p_value`` is one-sided (right tail). A run that lacks a regressor of the
-        contrast, or whose design cannot estimate it, is NaN, and named in a warning. ``weights (regressor)`` are
-        those of the contrast.
+        ``effect``, ``variance``, ``stat``, ``p_value``, ``z_score`` with dims ``(run, z, y, x)`` and ``dof (run)``, float64;
+        where the coefficient of AR(1) noise is estimated, ``dof (run, z, y, x)``. Of F contrasts, ``effect
+        (run, row, ...)`` and ``covariance (run, row, row_, ...)`` in place of ``variance``, and ``n_rows``; contrasts of
+        fewer rows are filled up with NaN. ``p_value`` is one-sided (right tail). A run that lacks a
+        regressor of the contrast, or whose design cannot estimate it, is NaN, and named in a warning.
+        ``weights (regressor)`` or ``(row, regressor)`` are those of the contrast.
 
     Raises
     ------
     InputError
-        If ``fit`` is not a fit.
+        If ``fit`` is not a fit, or t and F contrasts are asked for together.
     ContrastError
         If the contrast is not a linear combination of regressors that at least one run can estimate.
-    NotAvailableError
-        For F contrasts.
 
     Notes
     -----
-    The effect is ``c'b`` and its variance ``sigma2 c'(X'V^-1 X)^+ c`` with V at the voxel's own coefficient.
+    The effect is ``c'b`` and its variance ``sigma2 c'(X'V^-1 X)^+ c`` with V at the voxel's own coefficients;
+    ``t = c'b / sqrt(variance)``. With the rows of a matrix C, ``F = (Cb)' (sigma2 C(X'V^-1 X)^+C')^-1 (Cb) / q`` on q and dof
+    degrees of freedom (Seber and Lee 2003, Linear Regression Analysis, chapters 3 and 4). Degrees of freedom are those
+    of the residuals, reduced for the uncertainty of an AR(1) coefficient (see
+    :func:`chunkglm.kernels.glm.effective_dof`). Under ``compat="nilearn"`` they are not, and the effect of an F contrast
+    is that of the reference, whitened by the symmetric root of its precision.
     """
-    if stat_type == "F":
-        raise NotAvailableError(
-            "F contrasts are not available in this version; test the rows one by one as t contrasts."
-        )
-    if stat_type not in (None, "t"):
-        raise InputError(f"There is no stat_type {stat_type!r}; accepted is 't'.")
+    if stat_type not in (None, "t", "F"):
+        raise InputError(f"There is no stat_type {stat_type!r}; accepted are 't' and 'F'.")
     parts = _take_apart(fit)
     if not isinstance(definition, Mapping):
-        return _contrast(parts, definition, None)
+        return _contrast(parts, _test(definition, parts, None, stat_type))
     if not definition:
         raise ContrastError(
             "There is no contrast in the mapping. Give at least one name with an expression or weights."
         )
     tests = []
     for name, one in definition.items():
-        tests.append(_contrast(parts, one, str(name)))
+        tests.append(_test(one, parts, str(name), stat_type))  # no comprehension: warnings count frames
+    kinds = {test.stat_type for test in tests}
+    if len(kinds) > 1:
+        several = [test.name for test in tests if test.stat_type == "F"]
+        raise InputError(
+            f"{', '.join(map(repr, several))} has several rows and other contrasts have one. Ask for t and F contrasts in "
+            "calls of their own, or say stat_type='F' for all of them."
+        )
+    tested = []
+    for test in tests:
+        tested.append(_contrast(parts, test))  # noqa: PERF401
+    n_rows = max(len(test.rows.names) for test in tests)
     ds = xr.concat(
-        [test.drop_attrs(deep=False) for test in tests],
+        [_filled_up(one, n_rows).drop_attrs(deep=False) for one in tested],
         dim="contrast",
         data_vars="all",
-        coords="minimal",
-        compat="override",
+        coords="different",
+        compat="equals",
         join="exact",
     )
     ds = ds.assign_coords(contrast=text_labels(definition))
-    definitions = {str(name): _shown(one) for name, one in definition.items()}
-    ds.attrs = {**tests[0].attrs, "definition": canonical_json(definitions).decode()}
+    ds.attrs = _attributes(parts, tests)
     return annotate(ds, STATISTICS)
 
 
+class _Test(NamedTuple):
+    """A contrast as it was asked for, and as weights over the regressors of the fit."""
+
+    name: str | None
+    definition: Definition
+    rows: Rows
+    stat_type: str
+
+    @property
+    def title(self) -> str:
+        """What to call it in messages."""
+        return self.name or (self.definition if isinstance(self.definition, str) else "the contrast")
+
+
 class _Design(NamedTuple):
-    """The design of one run: its values, the names of its columns, their places in the fit, and its basis."""
+    """The design of one run over its kept volumes: its values, the names of its columns and their places in the fit.
+
+    For contrasts of a fit also its basis, and the correction of an AR(1) coefficient.
+    """
 
     X: NDArray[np.float64]
     columns: list[str]
     places: list[int]
-    basis: Basis
+    basis: Basis | None = None
+    correction: Correction | None = None
 
 
 class _Parts(NamedTuple):
@@ -116,6 +150,11 @@ class _Parts(NamedTuple):
     designs: list[_Design]
     voxel_dims: tuple[Any, ...]
     dof: NDArray[np.float64]
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether the rules are the reference's."""
+        return self.fit.attrs.get("compat") == "nilearn"
 
 
 def _take_apart(fit: xr.Dataset) -> _Parts:
@@ -134,154 +173,274 @@ def _take_apart(fit: xr.Dataset) -> _Parts:
                 f"but it has {fit[name].dims}."
             )
     # What is small is read at once, and before anything is built on it.
-    small = [name for name in ("dof", "design", "column", "n_volumes") if name in fit]
+    small = [name for name in ("dof", "design", "column", "n_volumes", "sample_mask", "order") if name in fit]
     fit = fit.assign(fit[small].compute().data_vars)
     regressors = [str(name) for name in fit["regressor"].to_numpy()]
-    designs = [_design_of(frame, regressors) for frame in designs_of(fit)]
+    n_lags = fit.sizes["lag"] if "rho" in fit else 0
+    orders = fit["order"].to_numpy() if "order" in fit else np.full(fit.sizes["run"], n_lags)
+    by_reference = fit.attrs.get("compat") == "nilearn"
+    designs = [
+        _design_of(frame, kept, regressors, order=int(order), by_reference=by_reference)
+        for frame, kept, order in zip(designs_of(fit), kept_of(fit), orders, strict=True)
+    ]
     return _Parts(fit, regressors, designs, voxel_dims, fit["dof"].to_numpy().astype(np.float64))
 
 
-def _design_of(frame: pd.DataFrame, regressors: list[str]) -> _Design:
-    X = frame.to_numpy(dtype=np.float64)
-    columns = [str(name) for name in frame.columns]
+def _design_of(
+    frame: pd.DataFrame, kept: NDArray[np.bool_], regressors: list[str], *, order: int, by_reference: bool
+) -> _Design:
+    X = np.ascontiguousarray(frame.to_numpy(dtype=np.float64))
+    # The reference drops censored volumes, and filters across the gaps.
+    used, left = (X[kept], kept[kept]) if by_reference else (X, kept)
+    basis, correction = _decomposed(used.tobytes(), used.shape, left.tobytes(), order, by_reference)
+    return _columns_of(frame, kept, regressors)._replace(basis=basis, correction=correction)
+
+
+@lru_cache(maxsize=64)
+def _decomposed(
+    content: bytes, shape: tuple[int, int], kept: bytes, order: int, by_reference: bool
+) -> tuple[Basis, Correction | None]:
+    """Basis and correction of a design: a tenth of a second for a long run, and the same for its next contrast."""
+    X, left = np.frombuffer(content).reshape(shape), np.frombuffer(kept, dtype=bool)
     with single_blas_thread():
-        return _Design(X, columns, [regressors.index(name) for name in columns], make_basis(X))
+        basis = make_basis(X, left, order=order)
+        return basis, make_correction(basis) if order == 1 and not by_reference else None
 
 
-def check_contrast(definition: Definition, designs: Sequence[pd.DataFrame], name: str) -> None:
+def _columns_of(frame: pd.DataFrame, kept: NDArray[np.bool_], regressors: list[str]) -> _Design:
+    columns = [str(name) for name in frame.columns]
+    places = [regressors.index(name) for name in columns]
+    return _Design(frame.to_numpy(dtype=np.float64)[kept], columns, places)
+
+
+def check_contrast(
+    definition: Definition, designs: Sequence[pd.DataFrame], kept: Sequence[NDArray[np.bool_]], name: str
+) -> None:
     """Refuse a contrast that no run could estimate, before anything is fitted.
 
     Parameters
     ----------
-    definition : str or vector
+    definition : str, vector, or rows of them
         As :func:`contrast` takes it.
     designs : sequence of DataFrame
         Design matrices of the runs.
+    kept : sequence of ndarray of bool
+        Volumes of each run that are not censored.
     name : str
         Of the contrast, for messages.
 
     Raises
     ------
-    ContrastError, NotAvailableError
+    ContrastError
     """
     regressors = list(dict.fromkeys(str(column) for design in designs for column in design.columns))
-    parts = [_design_of(design, regressors) for design in designs]
-    weights = _weights_by_name(definition, regressors, parts, name)
-    _refuse_if_nowhere(weights, [_weights_of_run(weights, design) for design in parts], name)
+    parts = [_columns_of(design, one, regressors) for design, one in zip(designs, kept, strict=True)]
+    with warnings.catch_warnings():
+        # The contrast itself will say what is filled up or left out.
+        warnings.simplefilter("ignore", ChunkGLMWarning)
+        rows = contrast_rows(definition, regressors, name=name)
+    _refuse_other_places(definition, rows, parts)
+    _refuse_if_nowhere(rows, regressors, [_weights_of_run(rows, regressors, one) for one in parts], name)
 
 
-def _refuse_if_nowhere(weights: dict[str, float], run_weights: list[Any], title: str) -> None:
+def _refuse_if_nowhere(rows: Rows, regressors: list[str], run_weights: list[Any], title: str) -> None:
     if all(w is None for w in run_weights):
+        weights = [
+            {name: float(w) for name, w in zip(regressors, row, strict=True) if w} for row in rows.weights
+        ]
         raise ContrastError(
             f"The contrast {title!r} cannot be estimated in any run: a regressor is missing or constant zero, or the "
-            f"design cannot tell the regressors apart. The weights are {weights}."
+            f"design cannot tell the regressors apart. The weights are {', '.join(map(str, weights))}."
         )
 
 
-def _shown(definition: Definition) -> str | list[float]:
+def _refuse_other_places(definition: Definition, rows: Rows, designs: list[_Design]) -> None:
+    """Refuse weights that are given by position where positions differ between runs."""
+    if not _by_position(definition):
+        return
+    # Regressors behind the last weight need not agree.
+    length = int(np.flatnonzero(rows.weights.any(axis=0))[-1]) + 1
+    orders = {tuple(design.columns[:length]) for design in designs}
+    if len(orders) > 1:
+        first, second = (str(list(order)) for order in sorted(orders)[:2])
+        raise ContrastError(
+            f"The weights {_shown(definition)} are given by position, but the runs have other regressors there or "
+            f"have them in another order: {first} and {second}. Give an expression over names instead, such as "
+            "'face - house'."
+        )
+
+
+def _by_position(definition: Definition) -> bool:
+    if isinstance(definition, Mapping):
+        return any(_by_position(one) for one in definition.values())
+    return not isinstance(definition, str) and not any(isinstance(one, str) for one in definition)
+
+
+def _shown(definition: Definition) -> Any:
+    """A definition as JSON holds it."""
     if isinstance(definition, str):
         return definition
-    weights: list[float] = np.asarray(definition, dtype=np.float64).ravel().tolist()
-    return weights
+    if isinstance(definition, Mapping):
+        return {str(name): _shown(one) for name, one in definition.items()}
+    if any(isinstance(one, str) for one in definition):
+        return [str(one) for one in definition]
+    weights: list[Any] = np.asarray(definition, dtype=np.float64).tolist()
+    # One row in brackets of its own is that row.
+    return weights[0] if len(weights) == 1 and isinstance(weights[0], list) else weights
 
 
-def _contrast(parts: _Parts, definition: Definition, name: str | None) -> xr.Dataset:
-    fit, designs = parts.fit, parts.designs
-    weights = _weights_by_name(definition, parts.regressors, designs, name)
-    title = name or (definition if isinstance(definition, str) else "the contrast")
-    run_weights = [_weights_of_run(weights, design) for design in designs]
+def _test(definition: Definition, parts: _Parts, name: str | None, stat_type: str | None) -> _Test:
+    rows = contrast_rows(definition, parts.regressors, name=name)
+    _refuse_other_places(definition, rows, parts.designs)
+    # Several rows remain an F contrast, even if all but one follow from that one.
+    several = len(rows.names) > 1 or (not isinstance(definition, str) and _n_given(definition) > 1)
+    if several and stat_type == "t":
+        title = "The contrast" if name is None else f"The contrast {name!r}"
+        raise InputError(
+            f"{title} has several rows, which only an F contrast tests together. Leave stat_type out."
+        )
+    return _Test(name, definition, rows, "F" if several or stat_type == "F" else "t")
+
+
+def _n_given(definition: Any) -> int:
+    if isinstance(definition, Mapping) or any(isinstance(one, str) for one in definition):
+        return len(definition)
+    return len(np.atleast_2d(np.asarray(definition, dtype=np.float64)))
+
+
+def _attributes(parts: _Parts, tests: list[_Test]) -> dict[str, Any]:
+    attrs = parts.fit.attrs
+    return {
+        "kind": "contrast",
+        "format_version": FORMAT_VERSION,
+        "stat_type": tests[0].stat_type,
+        "definition": canonical_json({test.name or "": _shown(test.definition) for test in tests}).decode(),
+        **{key: attrs[key] for key in ("noise_model", "signal_scaling", "compat") if key in attrs},
+    }
+
+
+def _contrast(parts: _Parts, test: _Test) -> xr.Dataset:
+    fit, rows = parts.fit, test.rows
+    run_weights = [_weights_of_run(rows, parts.regressors, design) for design in parts.designs]
+    _refuse_if_nowhere(rows, parts.regressors, run_weights, test.title)
     labels = [str(label) for label in fit["run"].to_numpy()]
     lacking = [label for label, w in zip(labels, run_weights, strict=True) if w is None]
-    _refuse_if_nowhere(weights, run_weights, title)
     if lacking:
         warnings.warn(
-            f"The contrast {title!r} cannot be estimated in run {', '.join(lacking)}, where a regressor is missing or "
+            f"The contrast {test.title!r} cannot be estimated in run {', '.join(lacking)}, where a regressor is missing or "
             "the design cannot tell regressors apart; it is NaN there, and left out of fixed effects.",
             ChunkGLMWarning,
             stacklevel=3,
         )
+    q = len(rows.names)
+    whiten = parts.by_reference and test.stat_type == "F"
     estimates = [
-        _estimate(fit.isel(run=number), parts.voxel_dims, design, w)
-        for number, (design, w) in enumerate(zip(designs, run_weights, strict=True))
+        _estimate(fit.isel(run=number), parts.voxel_dims, w, q, design=design, dof=float(dof), whiten=whiten)
+        for number, (design, w, dof) in enumerate(zip(parts.designs, run_weights, parts.dof, strict=True))
     ]
     dims = ("run", *parts.voxel_dims)
-    ds = xr.Dataset(
-        {key: (dims, stack([e[row] for e in estimates])) for row, key in enumerate(("effect", "variance"))}
-    )
+    if test.stat_type == "t":
+        ds = xr.Dataset(
+            {
+                key: (dims, stack([e[row] for e in estimates]))
+                for row, key in enumerate(("effect", "variance"))
+            }
+        )
+        ds["weights"] = ("regressor", rows.weights[0])
+    else:
+        covariances = [stack([e[q + i * q : q + (i + 1) * q] for i in range(q)]) for e in estimates]
+        ds = xr.Dataset(
+            {
+                "effect": (("run", "row", *parts.voxel_dims), stack([e[:q] for e in estimates])),
+                "covariance": (("run", "row", "row_", *parts.voxel_dims), stack(covariances)),
+                "n_rows": q,
+                "weights": (("row", "regressor"), rows.weights),
+            }
+        )
+        numbers = np.arange(1, q + 1)
+        ds = ds.assign_coords(row=numbers, row_=numbers, row_name=("row", text_labels(rows.names)))
     ds = ds.assign_coords({key: value for key, value in fit.coords.items() if set(value.dims) <= set(dims)})
-    ds["dof"] = ("run", np.where([w is None for w in run_weights], np.nan, parts.dof))
-    ds["weights"] = ("regressor", np.array([weights.get(regressor, 0.0) for regressor in parts.regressors]))
+    if any(design.correction is not None for design in parts.designs):
+        ds["dof"] = (dims, stack([e[-1] for e in estimates]))
+    else:
+        ds["dof"] = ("run", np.where([w is None for w in run_weights], np.nan, parts.dof))
+    ds["estimable"] = ("run", np.array([w is not None for w in run_weights]))
     ds["weights"].attrs["long_name"] = "weights of the contrast"
     ds = ds.assign_coords(regressor=fit["regressor"].variable)
-    ds.attrs = {
-        "kind": "contrast",
-        "format_version": FORMAT_VERSION,
-        "stat_type": "t",
-        "definition": canonical_json({name or "": _shown(definition)}).decode(),
-        **{key: fit.attrs[key] for key in ("noise_model", "signal_scaling", "compat") if key in fit.attrs},
-    }
+    ds.attrs = _attributes(parts, [test])
     return add_statistics(ds)
 
 
-def _weights_by_name(
-    definition: Definition, regressors: list[str], designs: list[_Design], name: str | None
-) -> dict[str, float]:
-    """Find the non-zero weights of a contrast, by regressor."""
-    weights = contrast_weights(definition, regressors, name=name)
-    if not isinstance(definition, str):
-        # Regressors behind the last weight need not agree.
-        length = int(np.flatnonzero(weights)[-1]) + 1
-        orders = {tuple(design.columns[:length]) for design in designs}
-        if len(orders) > 1:
-            first, second = (str(list(order)) for order in sorted(orders)[:2])
-            raise ContrastError(
-                f"The weights {_shown(definition)} are given by position, but the runs have other regressors there or "
-                f"have them in another order: {first} and {second}. Give an expression over names instead, such as "
-                "'face - house'."
-            )
-    return {regressor: float(w) for regressor, w in zip(regressors, weights, strict=True) if w != 0}
+def _filled_up(ds: xr.Dataset, n_rows: int) -> xr.Dataset:
+    """An F contrast with as many rows as the longest, of NaN."""
+    if ds.sizes.get("row", n_rows) == n_rows:
+        return ds
+    numbers = np.arange(1, n_rows + 1)
+    return ds.reindex(row=numbers, row_=numbers, fill_value={"row_name": ""})
 
 
-def _weights_of_run(weights: dict[str, float], design: _Design) -> NDArray[np.float64] | None:
-    """Weights in the order of a run's columns, or None if the run cannot estimate the contrast."""
-    if not set(weights) <= set(design.columns):
+def _weights_of_run(rows: Rows, regressors: list[str], design: _Design) -> NDArray[np.float64] | None:
+    """Weights (q, P) in the order of a run's columns, or None if the run cannot estimate every row."""
+    needed = {regressors[place] for place in np.flatnonzero(rows.weights.any(axis=0))}
+    if not needed <= set(design.columns):
         return None
-    vector = np.array([weights.get(column, 0.0) for column in design.columns])
-    return vector if is_estimable(design.X, vector) else None
+    weights = rows.weights[:, design.places]
+    return weights if all(is_estimable(design.X, row) for row in weights) else None
 
 
 def _estimate(
-    one: xr.Dataset, voxel_dims: tuple[Any, ...], design: _Design, weights: NDArray[np.float64] | None
+    one: xr.Dataset,
+    voxel_dims: tuple[Any, ...],
+    weights: NDArray[np.float64] | None,
+    q: int,
+    **options: Any,
 ) -> Any:
-    """Effect and variance in one run, as an array (2, ...)."""
-    chosen = (
-        [] if weights is None else [(p, float(w)) for p, w in zip(design.places, weights, strict=True) if w]
-    )
+    """Effects (q rows), covariances (q q rows) and degrees of freedom of one run, as an array (q + q q + 1, ...)."""
     arrays = [
         one["beta"].transpose("regressor", *voxel_dims).data,
         one["sigma2"].transpose(*voxel_dims).data[None],
     ]
     if "rho" in one:
         arrays.append(one["rho"].transpose("lag", *voxel_dims).data)
-    kernel = partial(_effect_and_variance, basis=design.basis, weights=weights, chosen=chosen)
-    return map_rows(kernel, *arrays, n_rows=2)
+    kernel = partial(_effect_and_covariance, weights=weights, q=q, **options)
+    return map_rows(kernel, *arrays, n_rows=q + q * q + 1)
 
 
-def _effect_and_variance(
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def _effect_and_covariance(
     beta: NDArray[np.float64],
     sigma2: NDArray[np.float64],
     *rho: NDArray[np.float64],
-    basis: Basis,
+    design: _Design,
     weights: NDArray[np.float64] | None,
-    chosen: list[tuple[int, float]],
+    q: int,
+    dof: float,
+    whiten: bool,
 ) -> NDArray[np.float64]:
-    out = np.full((2, *sigma2.shape[1:]), np.nan)
-    if weights is not None:
-        # Only the regressors with a weight: those that the run lacks are NaN, and NaN times 0 is NaN.
-        out[0] = sum(weight * beta[place] for place, weight in chosen)
-        out[1] = sigma2[0] * contrast_variance(basis, weights, rho[0][0] if rho else np.zeros(1))
-        # sigma2 is NaN where the residual says nothing, and then neither does the effect.
-        out[0, np.isnan(out[1])] = np.nan
+    space = sigma2.shape[1:]
+    out = np.full((q + q * q + 1, *space), np.nan)
+    basis = design.basis
+    if weights is None or basis is None:
+        return out
+    used = rho[0][: basis.order] if rho else np.empty((0, *space))
+    covariance = contrast_covariance(basis, weights, used)
+    # Only the regressors with a weight: those that the run lacks are NaN, and NaN times 0 is NaN.
+    chosen = np.flatnonzero(weights.any(axis=0))
+    places = [design.places[column] for column in chosen]
+    for row in range(q):
+        out[row] = sum(w * beta[place] for w, place in zip(weights[row, chosen], places, strict=True))
+    if whiten:
+        out[:q] = np.einsum("ij...,j...->i...", whitener(covariance), out[:q])
+        covariance = np.eye(q)
+    if covariance.ndim == 2:  # the same for all voxels
+        covariance = covariance.reshape(q, q, *(1,) * len(space))
+    out[q:-1] = (covariance * sigma2[0]).reshape(q * q, *space)
+    if design.correction is None:
+        out[-1] = dof
+    else:
+        out[-1] = effective_dof(basis, weights, used, design.correction, dof)
+    # sigma2 is NaN where the residual says nothing, and then neither does anything else.
+    out[:, np.isnan(sigma2[0])] = np.nan
     return out
 
 
@@ -291,23 +450,45 @@ def add_statistics(ds: xr.Dataset) -> xr.Dataset:
     Parameters
     ----------
     ds : Dataset
-        With ``effect``, ``variance`` and ``dof``; the attribute ``compat`` says by whose rules.
+        With ``effect``, ``variance`` and ``dof``, or with ``effect (row, ...)``, ``covariance (row, row_, ...)``, ``n_rows``
+        and ``dof``; the attribute ``compat`` says by whose rules.
 
     Returns
     -------
     Dataset
     """
     by_reference = ds.attrs.get("compat") == "nilearn"
-    effect, variance, dof = (ds[name].variable for name in ("effect", "variance", "dof"))
     options: dict[str, Any] = {"dask": "parallelized", "output_dtypes": [np.float64], "keep_attrs": False}
-    stat = xr.apply_ufunc(_t_by_reference if by_reference else _t, effect, variance, **options)
-    z_of = distributions.t_z_score_clipped if by_reference else distributions.t_z_score
+    of: tuple[xr.Variable, ...]
+    p_of: Any
+    z_of: Any
+    z_by_reference: Any
+    if "covariance" in ds:
+        stat, of = _f_of(ds), (ds["n_rows"].variable, ds["dof"].variable)
+        p_of, z_of = distributions.f_p_value, distributions.f_z_score
+        z_by_reference = distributions.f_z_score_clipped
+    else:
+        effect, variance = ds["effect"].variable, ds["variance"].variable
+        stat = xr.apply_ufunc(_t_by_reference if by_reference else _t, effect, variance, **options)
+        of = (ds["dof"].variable,)
+        p_of, z_of = distributions.t_p_value, distributions.t_z_score
+        z_by_reference = distributions.t_z_score_clipped
     ds = ds.assign(
         stat=stat,
-        p_value=xr.apply_ufunc(distributions.t_p_value, stat, dof, **options),
-        z_score=xr.apply_ufunc(z_of, stat, dof, **options),
+        p_value=xr.apply_ufunc(p_of, stat, *of, **options),
+        z_score=xr.apply_ufunc(z_by_reference if by_reference else z_of, stat, *of, **options),
     )
-    return annotate(ds, STATISTICS)
+    annotate(ds, STATISTICS)["stat"].attrs["long_name"] = f"{'F' if 'covariance' in ds else 't'} statistic"
+    return ds
+
+
+def _f_of(ds: xr.Dataset) -> xr.Variable:
+    """F statistics of effects and covariances that all have the same number of rows."""
+    rest = [dim for dim in ds["effect"].dims if dim != "row"]
+    effect = ds["effect"].transpose("row", *rest)
+    covariance = ds["covariance"].transpose("row", "row_", *rest)
+    flat = covariance.data.reshape(len(effect) ** 2, *covariance.shape[2:])
+    return xr.Variable(rest, map_rows(f_statistic, effect.data, flat, n_rows=1)[0])
 
 
 @np.errstate(divide="ignore", invalid="ignore")

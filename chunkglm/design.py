@@ -22,6 +22,7 @@ from numpy.lib import format as npy
 from chunkglm.errors import (
     ContrastError,
     DesignError,
+    InputError,
     SourceNotFoundError,
 )
 
@@ -29,6 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 _Table = tuple[npt.NDArray[Any], list[str] | None]
 
 _MAX_COLUMNS = 100_000
+_MAX_DIGITS = 10
 _ESTIMABLE_RTOL = 1e-8
 _FORMATS = (
     ".csv and .tsv (a header row of names, then numbers), .npz (a 2-D array under the key 'X') and .mat (the "
@@ -99,6 +101,42 @@ def read_column_names(path: str | os.PathLike[str]) -> list[str]:
     if not names:
         raise DesignError(f"{label} holds no name. Write one name a line, one for each column of the design.")
     return names
+
+
+def read_sample_mask(path: str | os.PathLike[str]) -> npt.NDArray[Any]:
+    """Read which volumes of a run to keep from a text file of numbers, separated by white space or commas.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A local file: either a 1 (keep) or 0 (censor) for every volume, at least three of them, or the numbers of the
+        volumes to keep, from 0.
+
+    Returns
+    -------
+    ndarray of bool or int, 1-D
+        What :func:`chunkglm.fit` takes as a sample mask.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If there is no such file.
+    InputError
+        If the file holds something else.
+    """
+    label = f"The sample mask {str(Path(path))!r}"
+    with _open(Path(path), label) as stream:
+        words = _decode(stream.read(), label).replace(",", " ").split()
+    if not words or not all(word.isascii() and word.isdigit() and len(word) < _MAX_DIGITS for word in words):
+        bad = [word for word in words if not (word.isascii() and word.isdigit())]
+        raise InputError(
+            f"{label} holds {f'what is no whole number: {listed(bad)}' if bad else 'no usable numbers'}. Accepted are a "
+            "1 (keep) or 0 (censor) for every volume, or the numbers of the volumes to keep, from 0."
+        )
+    numbers = np.array([int(word) for word in words])
+    # Two numbers, 0 and 1, might be volumes; three of them cannot.
+    flags = len(numbers) >= 3 and numbers.max() <= 1
+    return numbers.astype(bool) if flags else numbers
 
 
 def as_design(

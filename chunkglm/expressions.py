@@ -2,11 +2,12 @@
 
 import difflib
 import hashlib
+import itertools
 import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from typing import Any, NamedTuple
@@ -15,9 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from chunkglm.design import default_names, finite_number, listed, short
-from chunkglm.errors import ChunkGLMWarning, ContrastError, NotAvailableError
+from chunkglm.errors import ChunkGLMWarning, ContrastError
 
 FloatArray = npt.NDArray[np.float64]
+Row = str | Sequence[float] | npt.NDArray[Any]
+Definition = Row | Sequence[str] | Sequence[Sequence[float]] | Mapping[str, Row]
+"""What defines a contrast: one row, or several."""
+
+Parsed = str | list[float] | list[str] | list[list[float]]
+"""A definition from the command line."""
 
 _MAX_TEXT, _MAX_DEPTH, _MAX_BITS, _MAX_NAME = 10_000, 100, 4096, 100
 
@@ -59,16 +66,22 @@ def parse_expression(text: str, columns: Sequence[str]) -> dict[str, float]:
     return weights
 
 
-def contrast_weights(
-    definition: str | Sequence[float] | npt.NDArray[Any], columns: Sequence[str], *, name: str | None = None
-) -> FloatArray:
-    """Weights of one t contrast over the columns of a design.
+class Rows(NamedTuple):
+    """The rows of a contrast: what they are called, and their weights (q, P) over the columns of a design."""
+
+    names: list[str]
+    weights: FloatArray
+
+
+def contrast_rows(definition: Definition, columns: Sequence[str], *, name: str | None = None) -> Rows:
+    """Weights of a contrast over the columns of a design.
 
     Parameters
     ----------
-    definition : str, or sequence or array of numbers
-        An expression (see `parse_expression`), or weights in the order of the columns, (P,) or (1, P); fewer
-        than P are filled up with zeros.
+    definition : str, or sequence or array of numbers, or several rows of them
+        An expression (see `parse_expression`), or weights in the order of the columns, (P,) or (q, P); fewer
+        than P are filled up with zeros. Or a sequence of expressions, or a mapping of names to expressions or
+        weights: the rows of an F contrast.
     columns : sequence of str
         The P names of the regressors.
     name : str, optional
@@ -76,60 +89,110 @@ def contrast_weights(
 
     Returns
     -------
-    (P,) array
-        float64, finite, not all zero.
+    Rows
+        float64, finite. One row is not all zero; of several, those that others already imply are left out.
 
     Raises
     ------
     ContrastError
-        If the definition is neither, or has too many weights, or weights that are not finite or all zero.
-    NotAvailableError
-        If it has several rows: F contrasts are not built yet.
+        If the definition is none of these, or has too many weights, or weights that are not finite or all zero.
 
     Warns
     -----
     ChunkGLMWarning
-        If weights were filled up with zeros.
+        If weights were filled up with zeros, or rows were left out.
     """
     columns = list(columns)
-    if isinstance(definition, str):
-        parsed = parse_expression(definition, columns)
-        return np.array([parsed.get(column, 0.0) for column in columns])
     label = "The contrast" if name is None else f"The contrast {name!r}"
-    weights = _vector(definition, label)
-    lengths = f"{label} has {len(weights)} weights, but the design has {len(columns)} columns"
-    if len(weights) > len(columns):
+    if isinstance(definition, str):
+        return Rows([definition], _of_expression(definition, columns)[None])
+    if isinstance(definition, Mapping):
+        if not definition:
+            raise ContrastError(f"{label} has no rows. Give at least one name with an expression or weights.")
+        rows = [
+            contrast_rows(one, columns, name=f"{name or 'contrast'}: {key}")
+            for key, one in definition.items()
+        ]
+        wide = [str(key) for key, one in zip(definition, rows, strict=True) if len(one.names) > 1]
+        if wide:
+            raise ContrastError(
+                f"{label} has a row {wide[0]!r} that has several rows itself. Give each row its own name."
+            )
+        return _independent(
+            Rows([str(key) for key in definition], np.concatenate([one.weights for one in rows])), label
+        )
+    if _is_texts(definition):
+        texts = [str(text) for text in definition]
+        return _independent(Rows(texts, np.stack([_of_expression(text, columns) for text in texts])), label)
+    weights = _numbers(definition, label)
+    lengths = f"{label} has {weights.shape[1]} weights, but the design has {len(columns)} columns"
+    if weights.shape[1] > len(columns):
         raise ContrastError(f"{lengths}: {listed(columns)}. Give one weight per column, in this order.")
-    missing = columns[len(weights) :]
+    missing = columns[weights.shape[1] :]
     if missing:
         warnings.warn(f"{lengths}; these get weight 0: {listed(missing)}.", ChunkGLMWarning, stacklevel=2)
-    return np.pad(weights, (0, len(missing)))
+    weights = np.pad(weights, ((0, 0), (0, len(missing))))
+    return _independent(Rows([str(number) for number in range(1, len(weights) + 1)], weights), label)
 
 
-def parse_definition(text: str) -> tuple[str | None, str | list[float]]:
+def _of_expression(text: str, columns: list[str]) -> FloatArray:
+    parsed = parse_expression(text, columns)
+    return np.array([parsed.get(column, 0.0) for column in columns])
+
+
+def _is_texts(definition: object) -> bool:
+    if isinstance(definition, np.ndarray):
+        definition = definition.tolist()
+    return (
+        isinstance(definition, Sequence)
+        and len(definition) > 0
+        and all(isinstance(one, str) for one in definition)
+    )
+
+
+def _independent(rows: Rows, label: str) -> Rows:
+    """Leave out rows that are linear combinations of those before them, and say so."""
+    size = np.abs(rows.weights).max(axis=1, keepdims=True)
+    scaled = rows.weights / np.where(size > 0, size, 1.0)
+    chosen: list[int] = []
+    for number in range(len(scaled)):
+        if np.linalg.matrix_rank(scaled[[*chosen, number]]) > len(chosen):
+            chosen.append(number)
+    if not chosen:
+        raise ContrastError(f"{label} has only weights of 0. At least one must be another number.")
+    if len(chosen) < len(scaled):
+        redundant = [rows.names[number] for number in range(len(scaled)) if number not in chosen]
+        warnings.warn(
+            f"{label} has rows that follow from others and change nothing: {listed(redundant)}. They are left out.",
+            ChunkGLMWarning,
+            stacklevel=3,
+        )
+    return Rows([rows.names[number] for number in chosen], rows.weights[chosen])
+
+
+def parse_definition(text: str) -> tuple[str | None, Parsed]:
     """Split a contrast, as defined on the command line, into its name and its content.
 
     Parameters
     ----------
     text : str
         ``NAME=EXPRESSION``, ``NAME=[weights]``, or either without the name. Weights are separated by commas
-        or white space. An ``=`` in backticks belongs to the name of a regressor.
+        or white space. The rows of an F contrast are separated by semicolons: ``NAME=face; house``,
+        ``NAME=[1,0; 0,1]``. An ``=`` or ``;`` in backticks belongs to the name of a regressor.
 
     Returns
     -------
     name : str or None
         At most 100 letters (A-Z, a-z), digits, ``_`` and ``-``, fit for file names.
-    content : str or list of float
-        The expression, not parsed yet, or the weights.
+    content : str, list of float, or list of them
+        The expression, not parsed yet, or the weights; of an F contrast a list of rows.
 
     Raises
     ------
     ContrastError
-        If the name has other characters, the content is empty, or a weight is not a finite number.
-    NotAvailableError
-        If there are several rows of weights: F contrasts are not built yet.
+        If the name has other characters, the content or a row is empty, or a weight is not a finite number.
     """
-    split = re.sub("`[^`]*`", lambda quoted: "_" * len(quoted[0]), text).find("=")
+    split = _without_quoted(text).find("=")
     name = text[:split].strip() if split >= 0 else None
     content = text[split + 1 :].strip()
     if name is not None and not re.fullmatch(f"[A-Za-z0-9_-]{{1,{_MAX_NAME}}}", name):
@@ -141,7 +204,42 @@ def parse_definition(text: str) -> tuple[str | None, str | list[float]]:
         raise ContrastError(
             f"The contrast {short(text)} is empty. Give it as diff=face-house or diff=[1,-1]."
         )
-    return name, _parse_weights(content) if content.startswith("[") else content
+    rows = _split_rows(content)
+    if not all(rows):
+        raise ContrastError(
+            f"The contrast {short(text)} has an empty row. Give rows as any=face; house or any=[1,0; 0,1]."
+        )
+    parsed: Any = [_parse_weights(row) if row.startswith("[") else row for row in rows]
+    return name, parsed[0] if len(rows) == 1 else parsed
+
+
+def _without_quoted(text: str) -> str:
+    """The text with other characters in place of what is in backticks."""
+    return re.sub("`[^`]*`", lambda quoted: "_" * len(quoted[0]), text)
+
+
+def _split_rows(content: str) -> list[str]:
+    """Expressions, or weights in brackets."""
+    if content.startswith("[["):
+        # As Python and JSON write a matrix.
+        inner, closed = re.sub(r"\]\s*,?\s*\[", ";", content[2:]), re.search(r"\]\s*\]$", content)
+        inner = re.sub(r"\]\s*\]$", "", inner)
+    elif content.startswith("["):
+        inner, closed = content[1:].removesuffix("]"), re.search(r"\]$", content)
+    else:
+        inner, closed = content, None
+    plain = _without_quoted(inner)
+    places = [-1, *(place for place, sign in enumerate(plain) if sign == ";"), len(inner)]
+    rows = [inner[start + 1 : end].strip() for start, end in itertools.pairwise(places)]
+    if not content.startswith("["):
+        return rows
+    if len(rows) == 1 and not content.startswith("[["):
+        return [content]
+    if not closed:
+        raise ContrastError(
+            f"The weights {short(content)} have no bracket at the end. Give them as in [1, 0; 0, 1]."
+        )
+    return [f"[{row}]" if row else "" for row in rows]
 
 
 def contrast_name(expression: str) -> str:
@@ -303,36 +401,26 @@ def _refusal(text: str, problem: str) -> ContrastError:
     )
 
 
-def _several_rows(label: str) -> NotAvailableError:
-    return NotAvailableError(
-        f"{label} has several rows, which makes it an F contrast. F contrasts are not built yet: give each "
-        "row as a t contrast with its own name."
-    )
-
-
-def _vector(definition: object, label: str) -> FloatArray:
+def _numbers(definition: object, label: str) -> FloatArray:
+    """Weights as an array (q, P)."""
     if not isinstance(definition, Sequence | np.ndarray):
         kind = type(definition).__name__
         raise ContrastError(
-            f"{label} is of type {kind}. Accepted are an expression (str) or a list of weights."
+            f"{label} is of type {kind}. Accepted are an expression (str), a list of weights, and for an F contrast a "
+            "matrix, or a list or mapping of expressions."
         )
     try:
         entries = np.asarray(definition, dtype=object)
-        if entries.size and all(isinstance(entry, str) for entry in entries.flat):
-            raise _several_rows(label)
         weights: FloatArray = np.vectorize(_weight, otypes=[np.float64])(entries)
     except (TypeError, ValueError, OverflowError) as error:
         raise ContrastError(
-            f"{label} is no vector of finite numbers: {error}. Give one number per column."
+            f"{label} is no vector or matrix of finite numbers: {error}. Give one number per column, in each row."
         ) from error
-    if weights.ndim == 2 and len(weights) > 1:
-        raise _several_rows(label)
-    if weights.ndim not in (1, 2) or not weights.any():
+    if weights.ndim not in (1, 2) or weights.size == 0:
         raise ContrastError(
-            f"{label} has weights of shape {weights.shape}, all zero or not one row. Give one number per "
-            "column, of which at least one is not zero."
+            f"{label} has weights of shape {weights.shape}. Give one number per column, in one row or several."
         )
-    return weights.ravel()
+    return np.atleast_2d(weights)
 
 
 def _weight(entry: object) -> float:
@@ -345,8 +433,6 @@ def _weight(entry: object) -> float:
 
 def _parse_weights(text: str) -> list[float]:
     inner = text[1:].removesuffix("]").strip()
-    if "[" in inner:
-        raise _several_rows(f"The contrast {short(text)}")
     entries = re.split(r"\s*,\s*|\s+", inner)
     weights = [weight for entry in entries if (weight := finite_number(entry)) is not None]
     if not text.endswith("]") or len(weights) < len(entries):

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from chunkglm.blocks import map_rows
+from chunkglm.blocks import map_rows, stack
 from chunkglm.contrasts import add_statistics
-from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvailableError
-from chunkglm.kernels.combine import combine_runs
+from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
+from chunkglm.kernels.combine import combine_rows, combine_runs
 from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 COMBINED = ("effect", "variance", "dof")
 """What is needed of each run."""
+
+ROWS = {"effect": ("row",), "covariance": ("row", "row_")}
+"""Dims of F contrasts besides those of t contrasts."""
 
 
 def fixed_effects(
@@ -59,40 +62,102 @@ def fixed_effects(
     ``variance = 1 / sum(1 / variance_r)`` and ``effect = variance * sum(effect_r / variance_r)``. Degrees of
     freedom add up. The attribute ``compat`` of the contrasts is followed.
     """
-    if "covariance" in contrasts:
-        raise NotAvailableError("Fixed effects of F contrasts are not available in this version.")
-    for name in COMBINED:
+    of_rows = "covariance" in contrasts
+    by_reference = contrasts.attrs.get("compat") == "nilearn"
+    if of_rows and by_reference and precision_weighted:
+        raise InputError(
+            "F contrasts cannot be weighted by precision with compat='nilearn', as nilearn cannot do it. Leave "
+            "precision_weighted out, or fit without compat."
+        )
+    needed = ("effect", "covariance" if of_rows else "variance", "dof")
+    for name in needed:
         if name not in contrasts:
             require(contrasts, STATISTICS, (name,), "Fixed effects")
+        lacking = [row for row in ROWS.get(name, ()) if of_rows and row not in contrasts[name].dims]
+        if lacking:
+            raise InputError(
+                f"Fixed effects of F contrasts need {name!r} with the dim {lacking[0]!r}, but it has {contrasts[name].dims}."
+            )
         if dim not in contrasts[name].dims:
             raise InputError(
                 f"Fixed effects are over {dim!r}, but {name!r} has only the dims {contrasts[name].dims}. Give dim=, or "
                 "combine several runs with xarray.concat first."
             )
     labels = [str(label) for label in contrasts[dim].to_numpy()]
-    lacks = _lacks(contrasts["dof"], dim)
+    lacks = _lacks(contrasts, dim)
     _report(
         [label for label, one in zip(labels, lacks, strict=True) if one.any()], dim, none=bool(lacks.all())
     )
-    arrays = _aligned(contrasts, dim)
-    combine = partial(
-        combine_runs,
-        precision_weighted=precision_weighted,
-        reference_rules=contrasts.attrs.get("compat") == "nilearn",
-    )
-    rows = map_rows(combine, *(array.data for array in arrays), n_rows=4)
-    one = arrays[0].isel({dim: 0}, drop=True).drop_attrs(deep=False)
-    ds = xr.Dataset({name: one.copy(data=rows[row]) for row, name in enumerate((*COMBINED, "n_runs"))})
-    if "weights" in contrasts and dim not in contrasts["weights"].dims:
-        ds["weights"] = contrasts["weights"]
-    ds.attrs = {
+    attrs = {
         **contrasts.attrs,
         "kind": "fixed_effects",
         "format_version": FORMAT_VERSION,
         "precision_weighted": int(precision_weighted),
         "combined": [label for label, one in zip(labels, lacks, strict=True) if not one.all()],
     }
-    return annotate(add_statistics(ds), STATISTICS)
+    if of_rows:
+        ds = _combine_rows(contrasts, dim, precision_weighted=precision_weighted)
+    else:
+        ds = _combine(contrasts, dim, precision_weighted=precision_weighted, by_reference=by_reference)
+    if "weights" in contrasts and dim not in contrasts["weights"].dims:
+        ds["weights"] = contrasts["weights"]
+    ds.attrs = attrs
+    return annotate(ds, STATISTICS)
+
+
+def _combine(
+    contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, by_reference: bool
+) -> xr.Dataset:
+    """Of effects with variances."""
+    arrays = _aligned(contrasts, dim)
+    combine = partial(combine_runs, precision_weighted=precision_weighted, reference_rules=by_reference)
+    rows = map_rows(combine, *(array.data for array in arrays), n_rows=4)
+    one = arrays[0].isel({dim: 0}, drop=True).drop_attrs(deep=False)
+    ds = xr.Dataset({name: one.copy(data=rows[row]) for row, name in enumerate((*COMBINED, "n_runs"))})
+    ds.attrs = contrasts.attrs
+    return add_statistics(ds)
+
+
+def _combine_rows(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool) -> xr.Dataset:
+    """Of effects of several rows with covariances, contrast by contrast: they may have other numbers of rows."""
+    if "contrast" in contrasts["effect"].dims:
+        parts = [
+            _combine_rows(
+                contrasts.isel(contrast=[number]).squeeze("contrast"),
+                dim,
+                precision_weighted=precision_weighted,
+            )
+            for number in range(contrasts.sizes["contrast"])
+        ]
+        numbers = np.arange(1, contrasts.sizes["row"] + 1)
+        filled = [one.reindex(row=numbers, row_=numbers, fill_value={"row_name": ""}) for one in parts]
+        return xr.concat(
+            filled, dim="contrast", data_vars="all", coords="different", compat="equals", join="exact"
+        )
+    q = int(contrasts["n_rows"]) if "n_rows" in contrasts else contrasts.sizes["row"]
+    contrasts = contrasts.isel(row=slice(q), row_=slice(q))
+    rest = [other for other in contrasts["effect"].dims if other not in (dim, "row")]
+    effect = contrasts["effect"].transpose(dim, "row", *rest)
+    covariance = contrasts["covariance"].transpose(dim, "row", "row_", *rest)
+    dof = xr.DataArray(contrasts["dof"].variable)
+    dof = dof.expand_dims([other for other in rest if other not in dof.dims]).transpose(dim, *rest)
+    arrays = (
+        effect.data.reshape(-1, *effect.shape[2:]),
+        covariance.data.reshape(-1, *covariance.shape[3:]),
+        dof.data.astype(np.float64),
+    )
+    combine = partial(combine_rows, precision_weighted=precision_weighted)
+    rows = map_rows(combine, *arrays, n_rows=q + q * q + 2)
+    one = effect.isel({dim: 0}, drop=True).drop_attrs(deep=False)
+    ds = xr.Dataset({"effect": one.copy(data=rows[:q])})
+    covariances = stack([rows[q + row * q : q + (row + 1) * q] for row in range(q)])
+    ds["covariance"] = (("row", "row_", *rest), covariances)
+    ds["dof"], ds["n_runs"] = (rest, rows[-2]), (rest, rows[-1])
+    ds["n_rows"] = q
+    if "row_" in contrasts.coords:
+        ds = ds.assign_coords(row_=contrasts["row_"].variable)
+    ds.attrs = contrasts.attrs
+    return add_statistics(ds)
 
 
 def _aligned(contrasts: xr.Dataset, dim: Hashable) -> list[xr.DataArray]:
@@ -112,13 +177,18 @@ def _aligned(contrasts: xr.Dataset, dim: Hashable) -> list[xr.DataArray]:
     return [array.transpose(*dims) for array in (effect, variance, dof)]
 
 
-def _lacks(dof: xr.DataArray, dim: Hashable) -> NDArray[np.bool_]:
-    """Tell which runs (and which of several contrasts there) have no degrees of freedom, shape (R, ...)."""
+def _lacks(contrasts: xr.Dataset, dim: Hashable) -> NDArray[np.bool_]:
+    """Tell which runs (and which of several contrasts there) do not have the contrast, shape (R, ...)."""
+    lacks: NDArray[np.bool_]
+    if "estimable" in contrasts and dim in contrasts["estimable"].dims:
+        lacks = ~contrasts["estimable"].transpose(dim, ...).to_numpy().astype(bool)
+        return lacks
+    dof = contrasts["dof"]
     voxel_dims = [other for other in dof.dims if other not in (dim, "contrast")]
     if voxel_dims and dof.chunks is not None:
         # A number for each run is read, but maps are not computed for the sake of a warning.
         return np.zeros(dof.sizes[dim], dtype=bool)
-    lacks: NDArray[np.bool_] = ~dof.notnull().any(voxel_dims).transpose(dim, ...).to_numpy()
+    lacks = ~dof.notnull().any(voxel_dims).transpose(dim, ...).to_numpy()
     return lacks
 
 

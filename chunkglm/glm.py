@@ -11,7 +11,15 @@ import pandas as pd
 import xarray as xr
 
 from chunkglm import grids, nifti
-from chunkglm.blocks import as_blocks, as_chunked, map_voxel_blocks, mean, single_blas_thread, stack
+from chunkglm.blocks import (
+    as_blocks,
+    as_chunked,
+    map_voxel_blocks,
+    mean,
+    mean_rows,
+    single_blas_thread,
+    stack,
+)
 from chunkglm.design import as_design
 from chunkglm.errors import (
     ChunkGLMWarning,
@@ -19,11 +27,11 @@ from chunkglm.errors import (
     GridMismatchError,
     InputError,
     MaskError,
-    NotAvailableError,
 )
 from chunkglm.kernels import glm as kernel
-from chunkglm.kernels.autocorrelation import make_correction
+from chunkglm.kernels.autocorrelation import lag_expectations, make_correction
 from chunkglm.kernels.basis import Basis, make_basis, reference_rank
+from chunkglm.kernels.sums import mean_voxels
 from chunkglm.schema import (
     FIT,
     FORMAT_VERSION,
@@ -46,9 +54,13 @@ if TYPE_CHECKING:
     Runs = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset] | xr.DataTree
     Design = pd.DataFrame | NDArray[Any] | str | os.PathLike[str]
     Designs = Design | Sequence[Design] | Mapping[str, Design]
+    SampleMask = NDArray[Any] | Sequence[int] | Sequence[bool] | None
+    SampleMasks = NDArray[Any] | Sequence[SampleMask] | Mapping[str, SampleMask]
 
-NOISE_MODELS = ("ols", "ar1")
 SCALINGS = ("voxel", "run", None)
+
+LARGEST_AUTO_ORDER = 6
+"""Orders of the noise model that ``"auto"`` chooses from end here."""
 
 # Without numbers, so that Python shows it once and not for every voxel block.
 _NO_PERCENT = (
@@ -66,7 +78,7 @@ def fit(
     noise_model: str = "ar1",
     signal_scaling: Literal["voxel", "run"] | None = "voxel",
     mask: ImageLike | xr.DataArray | None = None,
-    sample_masks: None = None,
+    sample_masks: SampleMasks | None = None,
     compat: Literal["nilearn"] | None = None,
 ) -> xr.Dataset:
     """Fit a linear model to every voxel of every run, lazily.
@@ -80,21 +92,24 @@ def fit(
     designs : DataFrame, array or path, or a sequence or mapping of them
         A design matrix (volume, regressor) for each run, in the order of the runs or with their labels. Columns
         are matched by name; runs may have different ones.
-    noise_model : {"ar1", "ols"}
-        AR(1) noise at each voxel's own coefficient, or ordinary least squares. The coefficient is that of Yule and
-        Walker on the least squares residuals, corrected for the bias that the design leaves in them (see
-        :mod:`chunkglm.kernels.autocorrelation`; ``compat="nilearn"`` corrects nothing). Where residuals are more
-        autocorrelated than any coefficient within ``rho_limit`` explains, that limit is used. Whitening is that of
-        Prais and Winsten without rescaling the first sample.
+    noise_model : {"ar1", "ols", "ar2", "ar3", ..., "auto"}
+        Autoregressive noise of order N at each voxel's own coefficients, or ordinary least squares. The coefficients
+        are those that explain the autocorrelation of the least squares residuals, given the bias that the design
+        leaves in it (see :mod:`chunkglm.kernels.autocorrelation`; ``compat="nilearn"`` corrects nothing, and has
+        order 1 only). Where no coefficients within bounds explain it, the nearest ones are used, and
+        ``rho_at_limit`` says so. Whitening leaves the first sample as it is (not that of Prais and Winsten).
+        ``"auto"`` reads the data of each run once, at once, and takes the order from 0 to 6 of the smallest
+        Bayesian information criterion, averaged over voxels.
     signal_scaling : {"voxel", "run", None}
         Percent change against the voxel's temporal mean, against the mean over the mask and time, or none. Where
         that mean is 0 or less, the voxel is NaN, and the computation warns once.
     mask : path, nibabel image or DataArray, optional
         Used for every run instead of the runs' own masks.
-    sample_masks : None
-        Censoring of volumes is not available yet.
+    sample_masks : sequence or mapping of them by label; or one array for one run
+        For each run the volumes to keep: bool, one a volume; or their numbers, from 0; or None for all. What is left
+        out is censored as by a regressor for each such volume, whatever it holds: the noise goes on during a gap.
     compat : {None, "nilearn"}
-        ``"nilearn"`` gives the numbers of nilearn 0.14.1.
+        ``"nilearn"`` gives the numbers of nilearn 0.14.1, which joins what is on both sides of censored volumes.
 
     Returns
     -------
@@ -102,36 +117,44 @@ def fit(
         ``beta (run, regressor, z, y, x)``, ``sigma2 (run, z, y, x)``, ``rho (run, lag, z, y, x)`` (not for OLS),
         float64 and lazy; ``dof (run)``, ``design (run, volume, regressor)``, ``column (run, regressor)`` (the
         place of a regressor among the columns of the run's design, -1 where it has none), ``frame_time`` and
-        ``sample_mask (run, volume)``, ``n_volumes (run)``, ``mask (run, z, y, x)``; with a corrected autocorrelation
-        ``rho_limit (run, bound)``, its smallest and its largest value. NaN outside the mask, in
-        voxels without variance in time, and in columns that a run does not have.
+        ``sample_mask (run, volume)``, ``n_volumes (run)``, ``order (run)`` of the noise, ``mask (run, z, y, x)``; with a
+        corrected autocorrelation ``rho_at_limit (run, z, y, x)``. NaN outside the mask, in voxels without variance in
+        time, and in columns that a run does not have; 0 in lags beyond the order of a run.
 
     Raises
     ------
     InputError, DesignError, GridMismatchError, MaskError
         If something about the input cannot be right.
-    NotAvailableError
-        For noise models and options that are not there yet.
+
+    Notes
+    -----
+    Generalised least squares (Aitken 1935, Proceedings of the Royal Society of Edinburgh 55:42-48):
+    ``b = (X'V^-1 X)^+ X'V^-1 y`` and ``sigma2 = (y - Xb)'V^-1 (y - Xb) / dof`` with V the covariance of the noise, in units of
+    the variance of its innovations, over the kept volumes, and ``dof`` their number less the rank of X. How: see
+    :mod:`chunkglm.kernels.glm` and :mod:`chunkglm.kernels.precision`.
     """
-    check_options(noise_model, signal_scaling, compat)
-    if sample_masks is not None:
-        raise NotAvailableError(
-            "Censoring by sample_masks is not available in this version. Add a column to the design for each volume "
-            "to be censored, 1 there and 0 elsewhere: with noise_model='ols' that is the same."
-        )
+    order = check_options(noise_model, signal_scaling, compat)
     run_of = label_runs(runs)
+    kept_of = _label_sample_masks(sample_masks, {label: run.sizes["time"] for label, run in run_of.items()})
     design_of = _label_designs(designs, run_of)
     regressors = list(dict.fromkeys(name for design in design_of.values() for name in design.columns))
     given_mask = None if mask is None else _given_mask(mask, next(iter(run_of.values())))
     fits = []
     for label, run in run_of.items():
-        design = design_of[label]
-        model, dof = _model_of(label, design, noise_model, signal_scaling, compat)
+        design, kept = design_of[label], kept_of[label]
+        X = design.to_numpy(dtype=np.float64)
+        if compat == "nilearn" and not kept.all():
+            # The reference drops censored volumes, and filters across the gaps.
+            run, X, kept = run.isel(time=np.flatnonzero(kept)), X[kept], kept[kept]  # noqa: PLW2901
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
+        chosen = order
+        if chosen is None:
+            largest, _ = _model_of(label, X, kept, LARGEST_AUTO_ORDER, scaling=signal_scaling, compat=None)
+            chosen = _best_order(run, run_mask, largest)
+        model, dof = _model_of(label, X, kept, chosen, scaling=signal_scaling, compat=compat)
         columns = _columns(design, regressors)
-        rho_limit = None if model.correction is None else model.correction.limits
-        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask, rho_limit))
-    ds = _assemble(run_of, design_of, regressors, fits, autoregressive=noise_model != "ols")
+        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask, chosen))
+    ds = _assemble(run_of, design_of, kept_of, regressors, fits, corrected=compat is None)
     ds.attrs = {
         "kind": "fit",
         "format_version": FORMAT_VERSION,
@@ -140,29 +163,50 @@ def fit(
         "signal_scaling": signal_scaling or "none",
         "compat": compat or "none",
     }
+    if order is None:
+        ds.attrs["noise_model_chosen"] = [noise_name(one.order) for one in fits]
     return annotate(ds, FIT)
 
 
-def check_options(noise_model: str, signal_scaling: str | None, compat: str | None) -> None:
-    """Refuse options of :func:`fit` that do not exist, or not yet.
+def noise_name(order: int) -> str:
+    """Name the noise model of an order."""
+    return f"ar{order}" if order else "ols"
+
+
+def check_options(noise_model: str, signal_scaling: str | None, compat: str | None) -> int | None:
+    """Refuse options of :func:`fit` that do not exist.
+
+    Returns
+    -------
+    int or None
+        Order of the noise model; None if it is to be chosen.
 
     Raises
     ------
-    InputError, NotAvailableError
+    InputError
     """
-    if noise_model not in NOISE_MODELS:
-        order = str(noise_model).removeprefix("ar")
-        if noise_model == "auto" or (order.isdecimal() and int(order) > 1):
-            raise NotAvailableError(
-                f"The noise model {noise_model!r} is not available in this version. Available are 'ar1' and 'ols'."
+    order = None
+    if noise_model != "auto":
+        number = str(noise_model).removeprefix("ar")
+        if noise_model != "ols" and not (
+            noise_model == f"ar{number}" and number.isdecimal() and noise_name(int(number)) == noise_model
+        ):
+            raise InputError(
+                f"There is no noise model {noise_model!r}; accepted are 'ols', 'ar1', 'ar2' and so on, and 'auto'."
             )
-        raise InputError(f"There is no noise model {noise_model!r}; accepted are 'ar1' and 'ols'.")
+        order = 0 if noise_model == "ols" else int(number)
     if signal_scaling not in SCALINGS:
         raise InputError(
             f"There is no signal scaling {signal_scaling!r}; accepted are 'voxel', 'run' and None."
         )
     if compat not in (None, "nilearn"):
         raise InputError(f"There is no compat {compat!r}; accepted are None and 'nilearn'.")
+    if compat == "nilearn" and order not in (0, 1):
+        raise InputError(
+            f"The noise model {noise_model!r} is not there with compat='nilearn': nilearn's own depends on which voxels are "
+            "fitted together, and on chance. Use 'ar1' or 'ols', or leave compat out."
+        )
+    return order
 
 
 # -------------------------------------------------------------------------------------------------------- runs
@@ -259,6 +303,89 @@ def _label_designs(designs: Designs, runs: dict[str, xr.Dataset]) -> dict[str, p
     }
 
 
+def _label_sample_masks(
+    sample_masks: SampleMasks | None, n_volumes: Mapping[str, int]
+) -> dict[str, NDArray[np.bool_]]:
+    """Kept volumes by the labels of their runs, as bool."""
+    masks: list[Any]
+    if sample_masks is None:
+        masks = [None] * len(n_volumes)
+    elif isinstance(sample_masks, Mapping):
+        strangers = {str(label) for label in sample_masks} - set(n_volumes)
+        if strangers:
+            raise InputError(
+                f"There are sample masks for {sorted(strangers)}, and the runs are {sorted(n_volumes)}. Label them as the runs."
+            )
+        by_label = {str(label): mask for label, mask in sample_masks.items()}
+        masks = [by_label.get(label) for label in n_volumes]
+    else:
+        single = (
+            isinstance(sample_masks, np.ndarray) and sample_masks.dtype != object and sample_masks.ndim == 1
+        )
+        masks = [sample_masks] if single else list(sample_masks)
+        if len(masks) != len(n_volumes):
+            raise InputError(
+                f"There are {len(masks)} sample masks for {len(n_volumes)} runs. Give one for each run, in their order, None "
+                "for a run that keeps all its volumes."
+            )
+    return {
+        label: kept_volumes(mask, n, f"Run {label}")
+        for (label, n), mask in zip(n_volumes.items(), masks, strict=True)
+    }
+
+
+def kept_volumes(mask: SampleMask, n_volumes: int, what: str) -> NDArray[np.bool_]:
+    """Make one sample mask bool.
+
+    Parameters
+    ----------
+    mask : array or sequence of bool or int, or None
+        One bool a volume, or the numbers of the volumes to keep, or None for all.
+    n_volumes : int
+    what : str
+        Whose mask it is, for messages.
+
+    Returns
+    -------
+    ndarray of bool, shape (n_volumes,)
+
+    Raises
+    ------
+    InputError
+        If it is neither, or keeps nothing.
+    """
+    if mask is None:
+        return np.ones(n_volumes, dtype=bool)
+    values = np.asarray(mask)
+    accepted = "Accepted are one bool a volume, or the numbers of the volumes to keep, each once, from 0."
+    if values.ndim != 1 or values.dtype.kind not in "biu":
+        raise InputError(
+            f"{what} has a sample mask of shape {values.shape} and dtype {values.dtype}. {accepted}"
+        )
+    if values.dtype == bool:
+        if len(values) != n_volumes:
+            raise InputError(
+                f"{what} has a sample mask of {len(values)} values for {n_volumes} volumes. {accepted}"
+            )
+        kept = values.copy()
+    else:
+        wrong = values[(values < 0) | (values >= n_volumes)]
+        if wrong.size or len(np.unique(values)) < len(values):
+            found = (
+                f"keeps volume {wrong[0]}, and there are {n_volumes}"
+                if wrong.size
+                else "names a volume twice"
+            )
+            raise InputError(f"{what} has a sample mask that {found}. {accepted}")
+        kept = np.zeros(n_volumes, dtype=bool)
+        kept[values.astype(np.intp)] = True
+    if not kept.any():
+        raise InputError(
+            f"{what} has a sample mask that keeps no volume. {accepted} To leave a run out, do not give it."
+        )
+    return kept
+
+
 def _given_mask(mask: ImageLike | xr.DataArray, run: xr.Dataset) -> xr.DataArray:
     """The one mask of all runs. A bool DataArray stays as lazy as it is; anything else is read and checked."""
     if isinstance(mask, xr.DataArray) and mask.dtype == bool:
@@ -282,44 +409,56 @@ def _own_mask(run: xr.Dataset, label: str) -> xr.DataArray:
 
 
 class _RunFit(NamedTuple):
-    """The estimates of one run, as lazy rows (regressors, sigma2, rho), and what else is known of it."""
+    """The estimates of one run, as lazy rows (regressors, sigma2, rho, at limit), and what else is known of it."""
 
     rows: Any
     columns: NDArray[np.intp]
     dof: int
     mask: xr.DataArray
-    rho_limit: tuple[float, float] | None
+    order: int
 
 
 def _model_of(
-    label: str, design: pd.DataFrame, noise_model: str, signal_scaling: str | None, compat: str | None
+    label: str,
+    X: NDArray[np.float64],
+    kept: NDArray[np.bool_],
+    order: int,
+    *,
+    scaling: str | None,
+    compat: str | None,
 ) -> tuple[kernel.Model, int]:
     """Everything that a run is fitted with, and its residual degrees of freedom."""
-    X = design.to_numpy(dtype=np.float64)
+    used = X[kept]
     with single_blas_thread():
-        basis = make_basis(X)
-        by_reference = reference_rank(X)
-    reference_rules = compat == "nilearn"
-    _check_design(X, basis, label, reference_rules=reference_rules)
-    autoregressive = noise_model == "ar1"
+        basis = make_basis(X, kept, order=order)
+        by_reference = reference_rank(used)
+        reference_rules = compat == "nilearn"
+        _check_design(used, basis, label, reference_rules=reference_rules)
+        correction = None
+        if order and not reference_rules:
+            correction = make_correction(basis) if order == 1 else lag_expectations(basis)
     model = kernel.Model(
         basis=basis,
         # The reference divides by the number of columns, also where they are redundant.
-        dof=len(X) - (X.shape[1] if reference_rules else basis.rank),
-        autoregressive=autoregressive,
-        scaling=signal_scaling or "none",
+        dof=len(used) - (X.shape[1] if reference_rules else basis.rank),
+        scaling=scaling or "none",
         reference_rules=reference_rules,
-        correction=make_correction(basis) if autoregressive and not reference_rules else None,
+        correction=correction,
     )
-    return model, len(X) - (by_reference if reference_rules else basis.rank)
+    return model, len(used) - (by_reference if reference_rules else basis.rank)
 
 
 def _check_design(X: NDArray[np.float64], basis: Basis, label: str, *, reference_rules: bool) -> None:
     T, P = X.shape
     if basis.rank >= T or (reference_rules and P >= T):
         raise DesignError(
-            f"The design of run {label} has {P} regressors of rank {basis.rank} for {T} volumes, which leaves no "
-            "degrees of freedom for the noise. Use fewer regressors, or more volumes."
+            f"The design of run {label} has {P} regressors of rank {basis.rank} for {T} volumes that are kept, which leaves "
+            "no degrees of freedom for the noise. Use fewer regressors, or more volumes."
+        )
+    if basis.order >= T - basis.rank:
+        raise DesignError(
+            f"Noise of order {basis.order} cannot be estimated in run {label}, whose design leaves {T - basis.rank} degrees of "
+            "freedom. Use a smaller order, fewer regressors, or more volumes."
         )
     if basis.rank == 0:
         raise DesignError(
@@ -347,15 +486,45 @@ def _columns(design: pd.DataFrame, regressors: list[str]) -> NDArray[np.intp]:
 
 def _fit_run(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model, columns: NDArray[np.intp]) -> Any:
     bold = as_blocks(run["bold"])
-    computed = []
-    if model.scaling == "run":
-        computed.append(mean(map_voxel_blocks(_average_block, bold, mask, 1, model.reference_rules)))
-    return map_voxel_blocks(_fit_block, bold, mask, len(columns) + 2, model, columns, computed=computed)
+    n_rows = len(columns) + 2 + model.basis.order
+    computed = _run_mean(bold, mask, model)
+    return map_voxel_blocks(_fit_block, bold, mask, n_rows, model, columns, computed=computed)
 
 
-def _average_block(blocks: Any, voxels: NDArray[np.intp], reference_rules: bool) -> NDArray[np.float64]:
+def _run_mean(bold: xr.DataArray, mask: xr.DataArray, model: kernel.Model) -> list[Any]:
+    """The mean over mask and time, lazily, if the model needs it."""
+    if model.scaling != "run":
+        return []
+    arguments = (model.basis.kept, model.reference_rules)
+    return [mean(map_voxel_blocks(_average_block, bold, mask, 1, *arguments))]
+
+
+def _average_block(
+    blocks: Any, voxels: NDArray[np.intp], kept: NDArray[np.bool_], reference_rules: bool
+) -> NDArray[np.float64]:
     """Average the voxels of a block over time, shape (1, V)."""
-    return kernel.mean_voxels(blocks, voxels, finite=reference_rules)
+    return mean_voxels(blocks, voxels, kept, finite=reference_rules)
+
+
+def _best_order(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model) -> int:
+    """The order of the smallest information criterion, averaged over the voxels of a run; reads its data."""
+    bold = as_blocks(run["bold"])
+    G = lag_expectations(model.basis)
+    computed = _run_mean(bold, mask, model)
+    rows = map_voxel_blocks(_criteria_block, bold, mask, len(G), model, G, computed=computed)
+    criteria = mean_rows(rows)
+    return int(np.argmin(criteria)) if np.isfinite(criteria).all() else 0
+
+
+def _criteria_block(
+    blocks: Any,
+    voxels: NDArray[np.intp],
+    model: kernel.Model,
+    G: NDArray[np.float64],
+    run_mean: float = np.nan,
+) -> NDArray[np.float64]:
+    """Information criteria of the voxels of a block, shape (N + 1, V)."""
+    return kernel.information_criteria(blocks, voxels, model, G, float(run_mean))
 
 
 def _fit_block(
@@ -365,25 +534,27 @@ def _fit_block(
     columns: NDArray[np.intp],
     run_mean: float = np.nan,
 ) -> NDArray[np.float64]:
-    """Fit the voxels of a block; shape (P + 2, V), with NaN for the regressors that have no column."""
+    """Fit the voxels of a block; shape (P + 2 + N, V), with NaN for the regressors that have no column."""
     estimates = kernel.fit_voxels(blocks, voxels, model, float(run_mean))
     if estimates.n_unscaled:
         warnings.warn(_NO_PERCENT, ChunkGLMWarning, stacklevel=1)
-    out = np.full((len(columns) + 2, len(voxels)), np.nan)
+    P = len(columns)
+    out = np.full((P + 2 + model.basis.order, len(voxels)), np.nan)
     for regressor, column in enumerate(columns):
         if column >= 0:
             out[regressor] = estimates.beta[column]
-    out[-2], out[-1] = estimates.sigma2, estimates.rho
+    out[P], out[P + 1 : -1], out[-1] = estimates.sigma2, estimates.rho, estimates.at_limit
     return out
 
 
 def _assemble(
     runs: dict[str, xr.Dataset],
     designs: dict[str, pd.DataFrame],
+    kept: dict[str, NDArray[np.bool_]],
     regressors: list[str],
     fits: list[_RunFit],
     *,
-    autoregressive: bool,
+    corrected: bool,
 ) -> xr.Dataset:
     """Put labels on."""
     P = len(regressors)
@@ -396,18 +567,24 @@ def _assemble(
             "beta": (("run", "regressor", *SPACE), stack([r[:P] for r in rows])),
             "sigma2": (("run", *SPACE), stack([r[P] for r in rows])),
             "dof": ("run", np.array([fit.dof for fit in fits], dtype=np.float64)),
+            "order": ("run", np.array([fit.order for fit in fits])),
             "n_volumes": ("run", np.array(n_volumes)),
             "column": (("run", "regressor"), np.stack([fit.columns for fit in fits])),
-            **_stack_designs(runs, designs, regressors),
+            **_stack_designs(runs, designs, kept, regressors),
             "mask": (("run", *SPACE), masks),
         }
     )
-    if autoregressive:
-        ds["rho"] = (("run", "lag", *SPACE), stack([r[P + 1 :] for r in rows]))
-        ds = ds.assign_coords(lag=[1])
-        if fits[0].rho_limit is not None:
-            ds["rho_limit"] = (("run", "bound"), np.array([fit.rho_limit for fit in fits]))
-            ds = ds.assign_coords(bound=text_labels(["lower", "upper"]))
+    order = max(fit.order for fit in fits)
+    if order:
+        # What is beyond the order of a run is 0 where the run has a voxel, and NaN elsewhere.
+        lags = [
+            [r[P + 1 + lag] if lag < fit.order else r[P] * 0 for lag in range(order)]
+            for r, fit in zip(rows, fits, strict=True)
+        ]
+        ds["rho"] = (("run", "lag", *SPACE), stack([stack(one) for one in lags]))
+        ds = ds.assign_coords(lag=np.arange(1, order + 1))
+        if corrected:
+            ds["rho_at_limit"] = (("run", *SPACE), stack([r[-1] == 1 for r in rows]))
     first = next(iter(runs.values()))
     coords: dict[Hashable, Any] = {
         name: first.coords[name].variable for name in (*SPACE, "grid") if name in first.coords
@@ -421,9 +598,12 @@ def _assemble(
 
 
 def _stack_designs(
-    runs: dict[str, xr.Dataset], designs: dict[str, pd.DataFrame], regressors: list[str]
+    runs: dict[str, xr.Dataset],
+    designs: dict[str, pd.DataFrame],
+    kept_of: dict[str, NDArray[np.bool_]],
+    regressors: list[str],
 ) -> dict[str, Any]:
-    """Designs and times of all runs, filled up with NaN to the longest run and all regressors."""
+    """Designs, times and kept volumes of all runs, filled up with NaN to the longest run and all regressors."""
     longest = max(run.sizes["time"] for run in runs.values())
     stacked = np.full((len(runs), longest, len(regressors)), np.nan)
     times = np.full((len(runs), longest), np.nan)
@@ -432,7 +612,7 @@ def _stack_designs(
         n = run.sizes["time"]
         places = [regressors.index(name) for name in designs[label].columns]
         stacked[number, :n, places] = designs[label].to_numpy(dtype=np.float64).T
-        kept[number, :n] = True
+        kept[number, :n] = kept_of[label]
         if "time" in run.coords and run.coords["time"].dtype.kind in "iuf":
             times[number, :n] = run.coords["time"].to_numpy()
     return {
@@ -466,3 +646,23 @@ def designs_of(fit: xr.Dataset) -> list[pd.DataFrame]:
             present = present[np.argsort(one["column"].to_numpy()[present], kind="stable")]
         designs.append(pd.DataFrame(values[:, present], columns=[regressors[place] for place in present]))
     return designs
+
+
+def kept_of(fit: xr.Dataset) -> list[NDArray[np.bool_]]:
+    """Take the sample masks of a fit apart.
+
+    Parameters
+    ----------
+    fit : Dataset
+        With the dim ``run``.
+
+    Returns
+    -------
+    list of ndarray of bool
+        The kept volumes of each run; all of its volumes if ``fit`` has no sample mask.
+    """
+    lengths = [int(n) for n in fit["n_volumes"].to_numpy()]
+    if "sample_mask" not in fit:
+        return [np.ones(n, dtype=bool) for n in lengths]
+    masks = fit["sample_mask"].transpose("run", "volume").to_numpy().astype(bool)
+    return [mask[:n] for mask, n in zip(masks, lengths, strict=True)]

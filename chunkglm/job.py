@@ -28,10 +28,10 @@ from chunkglm._version import __version__
 from chunkglm.cluster import stage, threads
 from chunkglm.contrasts import check_contrast, contrast
 from chunkglm.convert import convert
-from chunkglm.design import as_design, read_design
+from chunkglm.design import as_design, read_design, read_sample_mask
 from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError, StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
-from chunkglm.glm import check_options, fit
+from chunkglm.glm import LARGEST_AUTO_ORDER, check_options, fit, kept_volumes, noise_name
 from chunkglm.maps import MEAN_IMAGE, PROVENANCE, peaks, write_json, write_maps
 from chunkglm.report import PICTURES, REPORT, picture_names, report
 from chunkglm.report.cuts import check_within
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from rich.console import Console
 
-    Definition = str | Sequence[float]
+    from chunkglm.expressions import Parsed
 
 
 MANY_AT_LIMIT = 0.01
@@ -57,9 +57,10 @@ class Job:
 
     runs: tuple[str, ...]
     designs: tuple[str, ...]
-    contrasts: dict[str, Definition]
+    contrasts: dict[str, Parsed]
     output: Path
     mask: str | None = None
+    sample_masks: tuple[str, ...] = ()
     column_names: list[str] | None = None
     t_r: float | None = None
     smoothing_fwhm: float | None = None
@@ -143,12 +144,11 @@ def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
 def _warn_of_limits(runs: Sequence[Mapping[str, Any]]) -> None:
     for run in runs:
         if run["voxels_at_ar_limit"] > MANY_AT_LIMIT * run["voxels_fitted"]:
-            low, high = run["ar_limit"]
             share = f"{run['voxels_at_ar_limit']:,} of {run['voxels_fitted']:,} voxels"
             warnings.warn(
-                f"In run {run['label']}, {share} are more autocorrelated than noise of a coefficient between {low:g} and "
-                f"{high:g} leaves under this design, and were fitted with that limit. So many mean drift that the design does "
-                "not hold: add drift regressors.",
+                f"In run {run['label']}, {share} are more autocorrelated than any noise model within bounds leaves under this "
+                "design, and were fitted with the nearest. So many mean drift that the design does not hold: add drift "
+                "regressors.",
                 ChunkGLMWarning,
                 stacklevel=2,
             )
@@ -221,9 +221,29 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
                 "that they belong together, in this order."
             )
         designs[str(number)] = as_design(design, n_volumes=n_volumes, run=str(number))
+    kept = _kept(job, designs)
     for name, definition in job.contrasts.items():
-        check_contrast(definition, list(designs.values()), name)
+        check_contrast(definition, list(designs.values()), list(kept.values()), name)
     return designs
+
+
+def sample_mask_of(path: str) -> np.ndarray[Any, Any] | None:
+    """Read what ``--sample-mask`` names: a file, or ``all`` for a run that keeps all its volumes."""
+    return None if path == "all" else read_sample_mask(path)
+
+
+def _kept(job: Job, designs: Mapping[str, pd.DataFrame]) -> dict[str, np.ndarray[Any, Any]]:
+    """Volumes that are not censored, by run label."""
+    if job.sample_masks and len(job.sample_masks) != len(job.runs):
+        raise InputError(
+            f"There are {len(job.runs)} runs and {len(job.sample_masks)} sample masks. Give --sample-mask once for each run, "
+            "in their order, 'all' for a run that keeps all its volumes."
+        )
+    paths = job.sample_masks or ("all",) * len(job.runs)
+    return {
+        label: kept_volumes(sample_mask_of(path), len(design), path)
+        for (label, design), path in zip(designs.items(), paths, strict=True)
+    }
 
 
 def names_for(path: str, names: list[str] | None) -> list[str] | None:
@@ -307,7 +327,8 @@ def _fit_key(job: Job, designs: Mapping[str, pd.DataFrame], sources: Sequence[st
         for label, design in designs.items()
     ]
     mask = None if job.mask is None else nifti.source_sha256(job.mask)
-    options = [job.t_r, job.smoothing_fwhm, job.noise_model, job.signal_scaling, job.compat]
+    censored = [np.flatnonzero(~kept).tolist() for kept in _kept(job, designs).values()]
+    options = [censored, job.t_r, job.smoothing_fwhm, job.noise_model, job.signal_scaling, job.compat]
     return _key([FORMAT_VERSION, NUMERICAL_VERSION, list(sources), mask, content, options])
 
 
@@ -356,12 +377,17 @@ def _is_current(place: Path, job: Job, source_sha256: str) -> bool:
 def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str, pd.DataFrame]) -> int:
     """Voxel blocks that fit into the memory at a time."""
     columns = {name for design in designs.values() for name in design.columns}
+    order = check_options(job.noise_model, job.signal_scaling, job.compat)
+    order = LARGEST_AUTO_ORDER if order is None else order
+    kept = _kept(job, designs)
     per_thread = 0
-    for run in runs.values():
+    for label, run in runs.items():
         sizes = plan.Chunks(*(max(sizes) for sizes in run["bold"].chunks))  # type: ignore[union-attr]
-        per_thread = max(
-            per_thread, plan.fit_memory_per_thread(sizes, run["bold"].dtype.itemsize, len(columns))
+        n_censored = int((~kept[label]).sum())
+        needed = plan.fit_memory_per_thread(
+            sizes, run["bold"].dtype.itemsize, len(columns), order=order, n_censored=n_censored
         )
+        per_thread = max(per_thread, needed)
     return plan.threads_within(plan.parse_memory(job.memory), 0, per_thread, job.n_threads, "Fitting")
 
 
@@ -385,6 +411,7 @@ def _fit_all(
         dict(designs),
         noise_model=job.noise_model,
         signal_scaling=job.signal_scaling,  # type: ignore[arg-type]
+        sample_masks=_kept(job, designs),
         compat=job.compat,  # type: ignore[arg-type]
     )
     lazy.attrs["key"] = key
@@ -478,7 +505,9 @@ def _provenance(
                 "sha256": run.attrs["source_sha256"],
                 "design": design,
                 "design_sha256": _sha256(design),
+                "sample_mask": job.sample_masks[number] if job.sample_masks else None,
                 "volumes": run.sizes["time"],
+                "volumes_kept": int(fitted["sample_mask"].isel(run=number).sum()),
                 "repetition_time": run.attrs["repetition_time"],
                 **_about_fit(fitted.isel(run=number), run, job),
             }
@@ -512,10 +541,11 @@ def _about_fit(fitted: xr.Dataset, run: xr.Dataset, job: Job) -> dict[str, Any]:
 
 
 def _about_noise(fitted: xr.Dataset, alive: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """The autocorrelation of a run, and how many voxels were fitted with the largest or smallest that is used."""
-    if "rho" not in fitted or not alive.any():
-        return {"ar_median": None, "ar_limit": None, "voxels_at_ar_limit": 0}
-    rho = fitted["rho"].isel(lag=0).values[alive]
-    limits = fitted["rho_limit"].values.tolist() if "rho_limit" in fitted else None
-    beyond = 0 if limits is None else int(((rho <= limits[0]) | (rho >= limits[1])).sum())
-    return {"ar_median": float(np.median(rho)), "ar_limit": limits, "voxels_at_ar_limit": beyond}
+    """The noise model of a run, its first coefficient, and how many voxels no model within bounds explains."""
+    order = int(fitted["order"])
+    about: dict[str, Any] = {"noise_model": noise_name(order), "ar_median": None, "voxels_at_ar_limit": 0}
+    if order and alive.any():
+        about["ar_median"] = float(np.median(fitted["rho"].isel(lag=0).values[alive]))
+    if "rho_at_limit" in fitted:
+        about["voxels_at_ar_limit"] = int((fitted["rho_at_limit"].values.astype(bool) & alive).sum())
+    return about

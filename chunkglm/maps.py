@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 PROVENANCE, MEAN_IMAGE = "provenance.json", "mean_image.nii.gz"
 """In the folder of results, and in its ``maps``."""
 
-MAPS = {"effect": "effect", "variance": "variance", "stat": "t", "p_value": "p", "z_score": "z"}
-"""Variables that are written as maps, and what they are called in file names."""
+MAPS = {
+    "t": {"effect": "effect", "variance": "variance", "stat": "t", "p_value": "p", "z_score": "z"},
+    "F": {"effect": "effect", "stat": "F", "p_value": "p", "z_score": "z"},
+}
+"""Variables that are written as maps of t and F contrasts, and what they are called in file names."""
 
 MEANING = {
     "effect": "contrast of the regression coefficients",
     "variance": "variance of the effect",
-    "stat": "t statistic",
-    "p_value": "one-sided p value (right tail)",
-    "z_score": "signed standard normal score with the p value of the statistic",
+    "t": "t statistic",
+    "F": "F statistic",
+    "p": "one-sided p value (right tail)",
+    "z": "signed standard normal score with the p value of the statistic",
 }
 
 
@@ -59,25 +63,21 @@ def write_maps(
     Returns
     -------
     list of Path
-        Everything that was written: a map for effect, variance, t, p and z (0 where the statistic is not a number), a
-        sidecar for each, and the mask of the voxels that have a statistic.
+        Everything that was written: a map for effect, variance, t, p and z, or of F contrasts for effect (a volume a
+        row), F, p and z (0 where the statistic is not a number), a sidecar for each, and the mask of the voxels that
+        have a statistic.
     """
     written = []
     definitions = json.loads(maps.attrs["definition"])
-    dof = maps["dof"].values[np.isfinite(maps["dof"].values)]
-    for variable, suffix in MAPS.items():
+    for variable, suffix in MAPS[maps.attrs["stat_type"]].items():
         path = folder / f"{map_name(name, suffix, run)}.nii.gz"
         nifti.to_nifti(maps[variable].fillna(0), path, overwrite=True)
         sidecar = {
-            "Description": f"{MEANING[variable]}; {'fixed effects' if run is None else f'run {run}'}",
+            "Description": f"{MEANING[suffix]}; {'fixed effects' if run is None else f'run {run}'}",
             "Contrast": name,
             "Formula": definitions.get(name, next(iter(definitions.values()))),
-            "Weights": {
-                str(r): float(w)
-                for r, w in zip(maps["regressor"].values, maps["weights"].values, strict=True)
-                if w
-            },
-            "DegreesOfFreedom": float(dof.max()) if dof.size else None,
+            "Weights": _weights(maps),
+            **_degrees_of_freedom(maps),
             "Inputs": list(inputs),
             "Model": {key: maps.attrs.get(key) for key in ("noise_model", "signal_scaling", "compat")},
             "GeneratedBy": {"Name": "chunkglm", "Version": __version__},
@@ -91,6 +91,27 @@ def write_maps(
     mask_path = folder / f"{'' if run is None else f'run-{run}_'}contrast-{name}_mask.nii.gz"
     nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
     return [*written, mask_path]
+
+
+def _weights(maps: xr.Dataset) -> dict[str, Any]:
+    """The weights other than 0 by regressor; of an F contrast, for each row."""
+    names = [str(name) for name in maps["regressor"].values]
+    rows = maps["weights"].transpose(..., "regressor").values
+    found = [{name: float(w) for name, w in zip(names, row, strict=True) if w} for row in np.atleast_2d(rows)]
+    if "row" not in maps["weights"].dims:
+        return found[0]
+    return {str(name): one for name, one in zip(maps["row_name"].values, found, strict=True)}
+
+
+def _degrees_of_freedom(maps: xr.Dataset) -> dict[str, Any]:
+    """Of the voxels; the median, and the range where they differ."""
+    dof = maps["dof"].values[np.isfinite(maps["dof"].values)]
+    about: dict[str, Any] = {"DegreesOfFreedom": float(np.median(dof)) if dof.size else None}
+    if dof.size and dof.min() < dof.max():
+        about["DegreesOfFreedomRange"] = [float(dof.min()), float(dof.max())]
+    if "n_rows" in maps:
+        about["Rows"] = int(maps["n_rows"])
+    return about
 
 
 def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
@@ -109,7 +130,7 @@ def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
     """
     definitions = json.loads(ds.attrs["definition"])
     if "contrast" in ds.dims:
-        named = [(str(name), ds.sel(contrast=name)) for name in ds["contrast"].values]
+        named = [(str(name), _own_rows(ds.sel(contrast=name))) for name in ds["contrast"].values]
     else:
         name = next(iter(definitions)) or contrast_name(str(next(iter(definitions.values()))))
         named = [(name, ds)]
@@ -123,32 +144,39 @@ def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
     return written
 
 
+def _own_rows(ds: xr.Dataset) -> xr.Dataset:
+    """One of several F contrasts, without the rows that others have more."""
+    return ds.isel(row=slice(int(ds["n_rows"])), row_=slice(int(ds["n_rows"]))) if "n_rows" in ds else ds
+
+
 def peaks(maps: xr.Dataset) -> dict[str, Any]:
     """Where the z score is highest and where it is lowest.
 
     Returns
     -------
     dict
-        ``voxels`` with a statistic, and ``highest`` and ``lowest``: dicts of ``z``, ``t``, ``dof`` and ``mm`` (x, y, z in
-        millimetres), None where there is no statistic.
+        ``voxels`` with a statistic, and ``highest`` and ``lowest``: dicts of ``z``, ``t`` or ``F``, ``dof`` and ``mm`` (x, y, z
+        in millimetres), None where there is no statistic. An F statistic has no ``lowest``: a small one says nothing.
     """
     z = maps["z_score"].transpose(*SPACE).values
     voxels = int(np.isfinite(z).sum())
     if not voxels:
         return {"voxels": 0, "highest": None, "lowest": None}
-    t, dof = maps["stat"].transpose(*SPACE).values, maps["dof"].values
+    stat, dof = maps["stat"].transpose(*SPACE).values, maps["dof"].values
+    kind = str(maps.attrs["stat_type"])
     grid = grids.grid_of(maps)
 
     def at(number: np.intp) -> dict[str, Any]:
         place = np.unravel_index(number, z.shape)
         return {
             "z": float(z[place]),
-            "t": float(t[place]),
+            kind: float(stat[place]),
             "dof": float(dof[place] if dof.ndim else dof),
             "mm": [round(mm, 3) for mm in grids.world_of(grid, place)],
         }
 
-    return {"voxels": voxels, "highest": at(np.nanargmax(z)), "lowest": at(np.nanargmin(z))}
+    lowest = at(np.nanargmin(z)) if kind == "t" else None
+    return {"voxels": voxels, "highest": at(np.nanargmax(z)), "lowest": lowest}
 
 
 def write_json(path: Path, content: Any) -> None:

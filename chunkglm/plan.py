@@ -158,17 +158,31 @@ def convert_memory(
     return max(streaming, masking) + 32 * MIB
 
 
-def fit_memory_per_thread(chunks: Chunks, itemsize: int, n_regressors: int) -> int:
+def fit_memory_per_thread(
+    chunks: Chunks, itemsize: int, n_regressors: int, *, order: int = 1, n_censored: int = 0
+) -> int:
     """Project the memory of one fitting task.
+
+    Parameters
+    ----------
+    chunks : Chunks
+    itemsize : int
+        Bytes of a stored value.
+    n_regressors : int
+    order : int
+        Of the autoregressive noise.
+    n_censored : int
+        Censored volumes; those about them are kept.
 
     Returns
     -------
     int
-        Bytes: one decoded time block of a voxel block with what it was decoded from, the sums (two rows a
-        regressor), the results and the statistics of their contrasts.
+        Bytes: one decoded time block of a voxel block with what it was decoded from, the sums (a row a
+        regressor and lag), the results and the statistics of their contrasts.
     """
     voxels = chunks.z * chunks.y * chunks.x
-    return voxels * (chunks.time * (itemsize + 8) + 8 * (4 * n_regressors + 24))
+    rows = (order + 3) * n_regressors + 2 * order * n_censored + 5 * order + 24
+    return voxels * (chunks.time * (itemsize + 8) + 8 * rows)
 
 
 def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: str) -> int:

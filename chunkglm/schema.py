@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 """Version of the layout of stores; a reader refuses versions that it does not know."""
 
-NUMERICAL_VERSION = "2"
+NUMERICAL_VERSION = "3"
 """Changes whenever the same input and options would give other numbers."""
 
 SPACE = ("z", "y", "x")
@@ -54,8 +54,12 @@ FIT = _variables(
     Variable("sigma2", ("run", *SPACE), "", "variance of the innovations (of the noise, for OLS)"),
     Variable("rho", ("run", "lag", *SPACE), "", "autoregressive coefficient that was used"),
     Variable(
-        "rho_limit", ("run", "bound"), "", "smallest and largest autoregressive coefficient that is used"
+        "rho_at_limit",
+        ("run", *SPACE),
+        "",
+        "residuals more autocorrelated than noise of any coefficient within bounds leaves",
     ),
+    Variable("order", ("run",), "", "order of the autoregressive noise; 0: ordinary least squares"),
     Variable("dof", ("run",), "", "residual degrees of freedom"),
     Variable(
         "design",
@@ -79,10 +83,13 @@ FIT = _variables(
 STATISTICS = _variables(
     Variable("effect", SPACE, "", "contrast of the regression coefficients"),
     Variable("variance", SPACE, "", "variance of the effect"),
+    Variable("covariance", ("row", "row_", *SPACE), "", "covariance of the rows of the effect"),
+    Variable("n_rows", (), "", "number of rows that are tested together"),
     Variable("dof", (), "", "degrees of freedom"),
-    Variable("stat", SPACE, "", "t statistic"),
+    Variable("stat", SPACE, "", "t statistic; F statistic where there are rows"),
     Variable("p_value", SPACE, "", "one-sided p value, right tail"),
     Variable("z_score", SPACE, "", "standard normal score with the p value of the statistic, signed"),
+    Variable("estimable", (), "", "whether the run can estimate the contrast"),
     Variable("n_runs", SPACE, "", "number of runs that were combined"),
 )
 """Contrasts (with ``run`` and perhaps ``contrast`` in front) and fixed effects."""

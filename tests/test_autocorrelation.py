@@ -10,6 +10,7 @@ from scipy.signal import lfilter
 from chunkglm.kernels import autocorrelation as ac
 from chunkglm.kernels import glm
 from chunkglm.kernels.basis import make_basis
+from chunkglm.kernels.sums import accumulate, remove_mean
 
 
 def expected_by_matrices(X, rho):
@@ -101,8 +102,8 @@ def test_correction__ends_where_it_stops_rising():
 def test_correction__finds_the_coefficient_of_simulated_noise(rho):
     X = design(200, 16)
     basis = make_basis(X)
-    signal = glm.remove_mean(glm.accumulate([noise(200, 4000, rho)], basis, np.arange(4000)), basis)
-    observed = glm.yule_walker(signal, basis)
+    signal = remove_mean(accumulate([noise(200, 4000, rho)], basis, np.arange(4000)), basis)
+    observed = glm.residual_autocorrelation(signal, basis)[0]
     found = ac.corrected(observed, ac.make_correction(basis))
     assert abs(found.mean() - rho) < 0.015
     if rho > 0:
@@ -115,7 +116,6 @@ def false_positives(n, X, rho, correction, levels=(0.05, 0.001), n_voxels=40000)
     model = glm.Model(
         basis,
         n - basis.rank,
-        autoregressive=True,
         scaling="none",
         reference_rules=False,
         correction=correction,
@@ -123,8 +123,12 @@ def false_positives(n, X, rho, correction, levels=(0.05, 0.001), n_voxels=40000)
     fit = glm.fit_voxels([noise(n, n_voxels, rho, seed=7)], np.arange(n_voxels), model)
     weights = np.zeros(X.shape[1])
     weights[:2] = 1, -1
-    t = weights @ fit.beta / np.sqrt(fit.sigma2 * glm.contrast_variance(basis, weights, fit.rho))
-    p = 2 * stats.t.sf(np.abs(t), n - basis.rank)
+    covariance = glm.contrast_covariance(basis, weights[None], fit.rho)[0, 0]
+    t = weights @ fit.beta / np.sqrt(fit.sigma2 * covariance)
+    dof = n - basis.rank
+    if correction is not None:
+        dof = glm.effective_dof(basis, weights[None], fit.rho, correction, dof)
+    p = 2 * stats.t.sf(np.abs(t), dof)
     return [float((p < level).mean()) for level in levels]
 
 

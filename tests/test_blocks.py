@@ -121,18 +121,19 @@ def from_source(source, chunks):
 @pytest.mark.parametrize("scheduler", ["sync", "threads"])
 def test_task__holds_one_time_block_at_a_time(scheduler):
     from chunkglm.kernels.basis import make_basis
-    from chunkglm.kernels.glm import Model, fit_voxels, mean_voxels
+    from chunkglm.kernels.glm import Model, fit_voxels
+    from chunkglm.kernels.sums import mean_voxels
 
     source = Source((40, 4, 5, 6))
     bold = from_source(source, (8, 2, 5, 6))
     X = np.column_stack([np.sin(np.arange(40.0)), np.ones(40)])
-    of = Model(make_basis(X), 38, True, "voxel", False)
+    of = Model(make_basis(X), 38, "voxel", False)
 
     def estimate(blocks, voxels):
         return fit_voxels(blocks, voxels, of).beta
 
     def average(blocks, voxels):
-        return mean_voxels(blocks, voxels, finite=False)
+        return mean_voxels(blocks, voxels, np.ones(40, dtype=bool), finite=False)
 
     gc.disable()
     try:

@@ -16,10 +16,9 @@ from chunkglm.errors import (
     ChunkGLMWarning,
     ContrastError,
     DesignError,
-    NotAvailableError,
     SourceNotFoundError,
 )
-from chunkglm.expressions import contrast_name, contrast_weights, parse_definition, parse_expression
+from chunkglm.expressions import contrast_name, contrast_rows, parse_definition, parse_expression
 
 NAMES = ["face", "house", "drift_1"]
 COLUMNS = ["face", "house", "2back", "0back", "trial_type.face", "trial type", "a-b", "a", "b", "été"]
@@ -592,7 +591,7 @@ def test_parse_expression__agrees_with_nilearn(text):
     columns = ["face", "house", "drift_1", "_x9"]
     expected = np.asarray(expression_to_contrast_vector(text, columns), dtype=float)
     try:
-        got = contrast_weights(text, columns)
+        got = contrast_rows(text, columns).weights[0]
     except ContrastError as error:
         assert "no weight other than zero" in str(error)
         got = np.zeros(4)
@@ -600,10 +599,10 @@ def test_parse_expression__agrees_with_nilearn(text):
 
 
 @given(weights=st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=4).filter(any))
-def test_contrast_weights__expression_of_random_weights_gives_them_back(weights):
+def test_contrast_rows__expression_of_random_weights_gives_them_back(weights):
     columns = ["face", "2back", "trial type", "x.y"]
     text = " + ".join(f"{weight!r}*`{name}`" for weight, name in zip(weights, columns, strict=True))
-    np.testing.assert_array_equal(contrast_weights(text, columns), weights)
+    np.testing.assert_array_equal(contrast_rows(text, columns).weights[0], weights)
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -622,25 +621,25 @@ def test_contrast_weights__expression_of_random_weights_gives_them_back(weights)
         [np.float32(1), np.int8(0), -0.5],
     ],
 )
-def test_contrast_weights__forms(definition):
+def test_contrast_rows__forms(definition):
     for columns in (NAMES, tuple(NAMES), pd.Index(NAMES)):
-        got = contrast_weights(definition, columns)
+        got = contrast_rows(definition, columns).weights[0]
         assert got.dtype == np.float64
         assert got.shape == (3,)
         np.testing.assert_array_equal(got, [1, 0, -0.5])
 
 
-def test_contrast_weights__array_is_copied():
+def test_contrast_rows__array_is_copied():
     weights = np.array([1.0, -1.0, 0.0])
-    contrast_weights(weights, NAMES)[:] = 7
+    contrast_rows(weights, NAMES).weights[:] = 7
     np.testing.assert_array_equal(weights, [1, -1, 0])
 
 
-def test_contrast_weights__short_vectors_are_filled_up_with_a_warning():
+def test_contrast_rows__short_vectors_are_filled_up_with_a_warning():
     with pytest.warns(
         ChunkGLMWarning, match=r"'diff' has 2 weights.* 3 columns.*weight 0: 'drift_1'"
     ) as caught:
-        got = contrast_weights([1, -1], NAMES, name="diff")
+        got = contrast_rows([1, -1], NAMES, name="diff").weights[0]
     assert caught[0].filename == __file__
     np.testing.assert_array_equal(got, [1, -1, 0])
 
@@ -649,8 +648,8 @@ def test_contrast_weights__short_vectors_are_filled_up_with_a_warning():
     ("definition", "part"),
     [
         ([1, 2, 3, 4], "4 weights, but the design has 3 columns: 'face', 'house', 'drift_1'"),
-        ([0, 0, 0], "all zero"),
-        ([0.0], "all zero"),
+        ([0, 0, 0], "only weights of 0"),
+        ([[0, 0, 0], [0, 0, 0]], "only weights of 0"),
         ([], "shape (0,)"),
         ([[]], "shape (1, 0)"),
         (np.array(2.0), "shape ()"),
@@ -667,25 +666,60 @@ def test_contrast_weights__short_vectors_are_filled_up_with_a_warning():
         (True, "of type bool"),
         (1.0, "of type float"),
         (None, "of type NoneType"),
-        ({"face": 1}, "of type dict"),
+        ({"face": 1}, "'n: face' is of type int"),
+        ({}, "no rows"),
+        ({"a": ["face", "house"]}, "a row 'a' that has several rows"),
+        ({"a": "face", "b": "2"}, "constant"),
+        (["face", 1], "'face' is not a real number"),
+        (["face", "nose"], "'nose'"),
         (b"face", "not a real number"),
         (pd.Series([1, 0, 0]), "of type Series"),
     ],
 )
-def test_contrast_weights__refusals(definition, part):
-    with pytest.raises(ContrastError, match=r"^The contrast 'n' ") as caught:
-        contrast_weights(definition, NAMES, name="n")
+def test_contrast_rows__refusals(definition, part):
+    with pytest.raises(ContrastError, match=r"^The contrast ") as caught:
+        contrast_rows(definition, NAMES, name="n")
     assert part in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "definition", [np.eye(3), [[1, 0, 0], [0, 1, 0]], ["face", "house"], np.array(["face"])]
+    ("definition", "names", "weights"),
+    [
+        (np.eye(3), ["1", "2", "3"], np.eye(3)),
+        ([[1, 0, 0], [0, 1, 0]], ["1", "2"], np.eye(3)[:2]),
+        (["face", "house - face"], ["face", "house - face"], [[1, 0, 0], [-1, 1, 0]]),
+        (np.array(["face"]), ["face"], [[1, 0, 0]]),
+        ({"f": "face", "h": [0, 1, 0]}, ["f", "h"], np.eye(3)[:2]),
+    ],
 )
-def test_contrast_weights__f_contrasts_are_not_built_yet(definition):
-    with pytest.raises(
-        NotAvailableError, match=r"The contrast 'n' has several rows.* F contrast.*not built yet"
-    ):
-        contrast_weights(definition, NAMES, name="n")
+def test_contrast_rows__several(definition, names, weights):
+    got = contrast_rows(definition, NAMES)
+    assert got.names == names
+    np.testing.assert_array_equal(got.weights, weights)
+
+
+def test_contrast_rows__what_follows_from_other_rows_is_left_out_and_named():
+    pairs = {
+        "a": "face - house",
+        "b": "house - drift_1",
+        "c": "face - drift_1",
+        "d": [0, 0, 0],
+        "e": "1e-9*face",
+    }
+    with pytest.warns(ChunkGLMWarning, match=r"'n' has rows that follow from others.*: 'c', 'd'\. They are"):
+        got = contrast_rows(
+            {k: v for k, v in pairs.items() if k != "d"} | {"d": "2*face - 2*house"}, NAMES, name="n"
+        )
+    assert got.names == ["a", "b", "e"]
+    with pytest.warns(ChunkGLMWarning, match="follow from others.*: '2'"):
+        got = contrast_rows([[1, 0, 0], [0, 0, 0], [0, 1, 0]], NAMES)
+    assert got.names == ["1", "3"]
+
+
+def test_contrast_rows__a_short_matrix_is_filled_up():
+    with pytest.warns(ChunkGLMWarning, match="2 weights.*weight 0: 'drift_1'"):
+        got = contrast_rows(np.eye(2), NAMES)
+    np.testing.assert_array_equal(got.weights, np.eye(3)[:2])
 
 
 # --- command line ------------------------------------------------------------------------------
@@ -704,6 +738,12 @@ def test_contrast_weights__f_contrasts_are_not_built_yet(definition):
         ("d=`a=b` - c", ("d", "`a=b` - c")),
         ("a==b", ("a", "=b")),
         ("x" * 100 + "=a", ("x" * 100, "a")),
+        ("any=face; house - cat", ("any", ["face", "house - cat"])),
+        ("`a;b` ; c", (None, ["`a;b`", "c"])),
+        ("f=[1,0; 0 1]", ("f", [[1, 0], [0, 1]])),
+        ("f=[[1,0],[0,1]]", ("f", [[1, 0], [0, 1]])),
+        ("[[1, 0] , [0, 1], [2,2] ]", (None, [[1, 0], [0, 1], [2, 2]])),
+        ("[[1, 0]]", (None, [1, 0])),
     ],
 )
 def test_parse_definition__accepts(text, expected):
@@ -734,6 +774,13 @@ def test_parse_definition__refuses_names(name):
         ("d=[1,2", "no bracket at the end"),
         ("d=[1,2]*2", "'2]*2'"),
         ("[__import__('os')]", "__import__"),
+        ("f=a;", "empty row"),
+        ("f=;a", "empty row"),
+        ("f=[1,0;]", "empty row"),
+        ("f=[1,0;0,1", "no bracket at the end"),
+        ("f=[[1,0],[0,1]", "no bracket at the end"),
+        ("[1,0],[0,1]", "'0]'"),
+        ("[1,0];[0,1]", "'0]'"),
     ],
 )
 def test_parse_definition__refuses_content(text, part):
@@ -742,17 +789,11 @@ def test_parse_definition__refuses_content(text, part):
     assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["f=[[1,0],[0,1]]", "[[1, 0], [0, 1]]", "[1,0],[0,1]"])
-def test_parse_definition__f_contrasts_are_not_built_yet(text):
-    with pytest.raises(NotAvailableError, match="F contrast"):
-        parse_definition(text)
-
-
 @given(text=st.text(max_size=40))
 def test_parse_definition__any_text_is_split_or_refused(text):
     try:
         name, content = parse_definition(text)
-    except (ContrastError, NotAvailableError):
+    except ContrastError:
         return
     assert name is None or re.fullmatch("[A-Za-z0-9_-]+", name)
     assert content

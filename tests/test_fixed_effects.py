@@ -12,7 +12,7 @@ from nilearn.glm.contrasts import _compute_fixed_effects_params
 from scipy import stats
 
 import chunkglm as cg
-from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError, NotAvailableError
+from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.testing import raise_if_computes
 
 MAPS = ("effect", "variance", "stat", "p_value", "z_score")
@@ -227,7 +227,12 @@ def test_fixed_effects__refuse_what_is_incomplete():
         (ds.drop_vars("dof"), InputError, "needs a variable 'dof'"),
         (ds.assign(dof=225.0), InputError, "'dof' has only the dims"),
         (ds.isel(run=0), InputError, "'effect' has only the dims"),
-        (ds.assign(covariance=ds["variance"]), NotAvailableError, "F contrasts"),
+        (ds.assign(covariance=ds["variance"]), InputError, "need 'effect' with the dim 'row'"),
+        (
+            ds.expand_dims(row=[1]).assign(covariance=ds["variance"].expand_dims(row=[1])),
+            InputError,
+            "need 'covariance' with the dim 'row_'",
+        ),
     ]:
         with pytest.raises(kind, match=match):
             cg.fixed_effects(wrong)
@@ -258,7 +263,11 @@ def test_fixed_effects__masks_of_runs_may_differ(volume, make_design):
     rng = np.random.default_rng(2)
     masks = rng.random((3, 2, 3, 4)) < 0.6
     runs = [volume(500 + rng.standard_normal((40, 2, 3, 4)).cumsum(axis=0), mask) for mask in masks]
-    fixed = cg.fixed_effects(cg.contrast(cg.fit(runs, [make_design(40)] * 3), "face"))
+    fit = cg.fit(runs, [make_design(40)] * 3)
+    per_run = cg.contrast(fit, "face").compute()
+    fixed = cg.fixed_effects(per_run)
+    np.testing.assert_allclose(fixed["dof"], per_run["dof"].sum("run", min_count=1))
+    fixed = cg.fixed_effects(cg.contrast(cg.fit(runs, [make_design(40)] * 3, noise_model="ols"), "face"))
     np.testing.assert_array_equal(fixed["n_runs"], masks.sum(axis=0))
     np.testing.assert_array_equal(np.isnan(fixed["stat"]), ~masks.any(axis=0))
     np.testing.assert_array_equal(fixed["dof"], np.where(masks.any(axis=0), 34.0 * masks.sum(axis=0), np.nan))

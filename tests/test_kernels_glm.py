@@ -7,18 +7,8 @@ from nilearn.glm.regression import ARModel
 
 from chunkglm.kernels.basis import make_basis, reference_rank
 from chunkglm.kernels.combine import combine_runs
-from chunkglm.kernels.glm import (
-    VOXEL_TILE,
-    Model,
-    accumulate,
-    contrast_variance,
-    fit_ar1,
-    fit_voxels,
-    mean_voxels,
-    remove_mean,
-    residual_lags,
-    scale_signal,
-)
+from chunkglm.kernels.glm import Model, contrast_covariance, fit_at, fit_voxels, residual_lags
+from chunkglm.kernels.sums import VOXEL_TILE, accumulate, mean_voxels, remove_mean, scale_signal
 
 T, V = 84, 7
 
@@ -102,14 +92,19 @@ def brute_force(X, y, rho, dof):
     return beta, sigma2
 
 
-def fit_at(X, y, rho, sizes, dof):
+def fit_in_blocks(X, y, rho, sizes, dof):
     """The kernels, at given coefficients."""
     basis = make_basis(X)
     stops = np.cumsum(sizes)
     blocks = (y[stop - size : stop] for size, stop in zip(sizes, stops, strict=True))
     sums = accumulate(blocks, basis, np.arange(y.shape[1]))
     signal = scale_signal(remove_mean(sums, basis), basis, np.ones(y.shape[1]), np.zeros(y.shape[1]))
-    return basis, signal, fit_ar1(signal, basis, rho, dof)
+    return basis, signal, fit_at(signal, basis, rho[None], dof)
+
+
+def variance_of(basis, weights, rho):
+    """Of one contrast, in units of sigma2."""
+    return contrast_covariance(basis, np.asarray(weights)[None], rho[None])[0, 0]
 
 
 def estimable(X, rng):
@@ -127,7 +122,7 @@ def test_fit__equals_brute_force(design, signal, sizes):
     X, y = design(rng), signal(rng)
     rho = np.linspace(-0.8, 0.97, V)
     dof = T - make_basis(X).rank
-    basis, _, fit = fit_at(X, y, rho, sizes, dof)
+    basis, _, fit = fit_in_blocks(X, y, rho, sizes, dof)
     beta, sigma2 = brute_force(X, y, rho, dof)
     np.testing.assert_allclose(fit.sigma2, sigma2, rtol=1e-9)
     weights = [estimable(X, rng) for _ in range(3)]
@@ -135,7 +130,7 @@ def test_fit__equals_brute_force(design, signal, sizes):
         weights += list(np.eye(X.shape[1]))
     for c in weights:
         error = np.abs(c @ fit.beta - c @ beta)
-        se = np.sqrt(sigma2 * contrast_variance(basis, c, rho))
+        se = np.sqrt(sigma2 * variance_of(basis, c, rho))
         assert (error < 1e-9 * se + 1e-14 * np.abs(c @ beta)).all()
 
 
@@ -152,14 +147,14 @@ def test_contrast_variance__equals_brute_force(design):
         for r in rho:
             WX = whitener(r) @ X / scale
             expected.append(c / scale @ np.linalg.pinv(WX.T @ WX, rcond=1e-12) @ (c / scale))
-        np.testing.assert_allclose(contrast_variance(make_basis(X), c, rho), expected, rtol=1e-9)
+        np.testing.assert_allclose(variance_of(make_basis(X), c, rho), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("design", DESIGNS, ids=lambda f: f.__name__)
 def test_residual_lags__are_those_of_the_residuals(design):
     rng = np.random.default_rng(7)
     X, y = design(rng), ordinary(rng)
-    basis, signal, _ = fit_at(X, y, np.zeros(V), (40, 44), 1)
+    basis, signal, _ = fit_in_blocks(X, y, np.zeros(V), (40, 44), 1)
     beta, _ = brute_force(X, y, np.zeros(V), 1)
     e = y - X @ beta
     r0, r1 = residual_lags(signal, basis)
@@ -170,7 +165,7 @@ def test_residual_lags__are_those_of_the_residuals(design):
 def test_ols__equals_statsmodels():
     rng = np.random.default_rng(8)
     X, y = plain(rng), ordinary(rng)
-    basis, _, fit = fit_at(X, y, np.zeros(V), (32, 32, 20), T - 6)
+    basis, _, fit = fit_in_blocks(X, y, np.zeros(V), (32, 32, 20), T - 6)
     for v in range(V):
         model = sm.OLS(y[:, v], X).fit()
         np.testing.assert_allclose(fit.beta[:, v], model.params, rtol=1e-10)
@@ -178,7 +173,7 @@ def test_ols__equals_statsmodels():
         for c in ([1, -1, 0, 0, 0, 0], [0.5, 0.5, -1, 0, 0, 0.0]):
             test = model.t_test(c)
             np.testing.assert_allclose(np.dot(c, fit.beta[:, v]), test.effect.item(), rtol=1e-9)
-            variance = fit.sigma2[v] * contrast_variance(basis, np.array(c), np.zeros(1)).item()
+            variance = fit.sigma2[v] * variance_of(basis, c, np.zeros(1)).item()
             np.testing.assert_allclose(variance, test.sd.item() ** 2, rtol=1e-10)
 
 
@@ -186,7 +181,7 @@ def test_ar1__equals_statsmodels_and_nilearn_at_given_coefficients():
     rng = np.random.default_rng(9)
     X, y = plain(rng), ordinary(rng)
     rho = np.linspace(-0.6, 0.9, V)
-    basis, _, fit = fit_at(X, y, rho, (32, 32, 20), T - 6)
+    basis, _, fit = fit_in_blocks(X, y, rho, (32, 32, 20), T - 6)
     c = np.array([1.0, 0, -1, 0, 0, 0])
     for v in range(V):
         W = whitener(rho[v])
@@ -197,7 +192,7 @@ def test_ar1__equals_statsmodels_and_nilearn_at_given_coefficients():
         test = reference.Tcontrast(c)
         np.testing.assert_allclose(c @ fit.beta[:, v], test.effect.item(), rtol=1e-9)
         np.testing.assert_allclose(fit.sigma2[v], reference.dispersion.item(), rtol=1e-10)
-        sd = np.sqrt(fit.sigma2[v] * contrast_variance(basis, c, rho[[v]]).item())
+        sd = np.sqrt(fit.sigma2[v] * variance_of(basis, c, rho[[v]]).item())
         np.testing.assert_allclose(sd, test.sd.item(), rtol=1e-9)
 
 
@@ -222,7 +217,7 @@ def test_basis__coefficients_of_least_norm_where_columns_are_redundant():
     X = rank_deficient(rng)
     X /= np.maximum(np.abs(X).max(axis=0), 1e-300)
     y = ordinary(rng)
-    _, _, fit = fit_at(X, y, np.zeros(V), (T,), T - 3)
+    _, _, fit = fit_in_blocks(X, y, np.zeros(V), (T,), T - 3)
     np.testing.assert_allclose(fit.beta, np.linalg.pinv(X) @ y, atol=1e-9)
 
 
@@ -237,9 +232,9 @@ def test_reference_rank__has_an_absolute_tolerance():
 # ------------------------------------------------------------------------------------------------------ one run
 
 
-def model(X, *, autoregressive=True, scaling="voxel", reference_rules=False):
-    basis = make_basis(X)
-    return Model(basis, T - basis.rank, autoregressive, scaling, reference_rules)
+def model(X, *, order=1, scaling="voxel", reference_rules=False):
+    basis = make_basis(X, order=order)
+    return Model(basis, T - basis.rank, scaling, reference_rules)
 
 
 def fit_all(y, of, run_mean=np.nan, size=32):
@@ -259,7 +254,7 @@ def test_fit_voxels__scales_estimates_the_coefficient_and_fits():
         beta, _ = brute_force(X, expected, np.zeros(V), 1)
         e = expected - X @ beta
         rho = (e[1:] * e[:-1]).sum(axis=0) / (e**2).sum(axis=0)
-        np.testing.assert_allclose(got.rho, rho, rtol=1e-9)
+        np.testing.assert_allclose(got.rho[0], rho, rtol=1e-9)
         beta, sigma2 = brute_force(X, expected, rho, T - 6)
         np.testing.assert_allclose(got.beta, beta, rtol=1e-8, atol=1e-9)
         np.testing.assert_allclose(got.sigma2, sigma2, rtol=1e-9)
@@ -281,16 +276,14 @@ def test_fit_voxels__tiles_and_order_of_voxels_do_not_matter():
 
 @pytest.mark.parametrize("reference_rules", [False, True])
 @pytest.mark.parametrize("scaling", ["voxel", "none"])
-@pytest.mark.parametrize("autoregressive", [False, True])
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("size", [1, 32])
-def test_fit_voxels__no_variance_is_nan_at_every_level(autoregressive, scaling, size, reference_rules):
+def test_fit_voxels__no_variance_is_nan_at_every_level(order, scaling, size, reference_rules):
     rng = np.random.default_rng(15)
     levels = [0.0, 1e-300, 1e-7, 0.1, 1.0, 1 / 3, 999.7, 1e4 + 1e-9, 32767.0, 1e15, 1e100, -0.1, -1e7]
     y = np.column_stack([np.full((T, len(levels)), levels), 100 + noise(rng, v=2)])
     for design in (plain, without_constant):
-        of = model(
-            design(rng), autoregressive=autoregressive, scaling=scaling, reference_rules=reference_rules
-        )
+        of = model(design(rng), order=order, scaling=scaling, reference_rules=reference_rules)
         got = fit_all(y, of, size=size)
         assert np.isnan(got.sigma2[:-2]).all()
         assert np.isnan(got.beta[:, :-2]).all()
@@ -299,9 +292,9 @@ def test_fit_voxels__no_variance_is_nan_at_every_level(autoregressive, scaling, 
         assert got.n_unscaled == 0
 
 
-@pytest.mark.parametrize("autoregressive", [False, True])
+@pytest.mark.parametrize("order", [0, 1, 2])
 @pytest.mark.parametrize("size", [1, 32])
-def test_fit_voxels__perfect_fit_has_no_variance_estimate(autoregressive, size):
+def test_fit_voxels__perfect_fit_has_no_variance_estimate(order, size):
     rng = np.random.default_rng(16)
     for design in (plain, badly_scaled, censoring_first):
         X = design(rng)
@@ -309,7 +302,7 @@ def test_fit_voxels__perfect_fit_has_no_variance_estimate(autoregressive, size):
         y = 1000 + X / scale @ rng.standard_normal((X.shape[1], 50)) * 30
         y[:, 25:] = np.rint(X[:, [0]] * 1000 / scale[0]) * np.arange(1, 26) + 5000
         y = np.column_stack([y[:, :25], 1000 + noise(rng)])
-        got = fit_all(y, model(X, autoregressive=autoregressive), size=size)
+        got = fit_all(y, model(X, order=order), size=size)
         assert np.isnan(got.sigma2[:25]).all()
         assert np.isfinite(got.sigma2[25:]).all()
 
@@ -321,7 +314,7 @@ def test_fit_voxels__perfect_fit_of_an_outlier_in_a_long_run_of_single_volumes()
     y = np.full((n, 40), 1000.0)
     y[0] += 10.0 ** np.linspace(-1, 6, 40)
     basis = make_basis(X)
-    got = fit_all(y, Model(basis, n - 3, False, "voxel", False), size=1)
+    got = fit_all(y, Model(basis, n - 3, "voxel", False), size=1)
     assert np.isnan(got.sigma2).all()
 
 
@@ -371,7 +364,7 @@ def test_fit_voxels__under_the_reference_no_mean_is_less_than_1():
     rng = np.random.default_rng(21)
     X, e = plain(rng), noise(rng)
     y = e - e.mean(axis=0) + np.linspace(-3, 3, V)
-    got = fit_all(y, model(X, reference_rules=True, autoregressive=False))
+    got = fit_all(y, model(X, reference_rules=True, order=0))
     scaled = 100 * (y / np.maximum(y.mean(axis=0), 1) - 1)
     beta, sigma2 = brute_force(X, scaled, np.zeros(V), T - 6)
     np.testing.assert_allclose(got.beta, beta, rtol=1e-9, atol=1e-9)
@@ -396,11 +389,17 @@ def test_accumulate__refuses_another_number_of_volumes():
 def test_mean_voxels__averages_over_time():
     y = 1000 + noise(np.random.default_rng(24), v=VOXEL_TILE + 5)
     voxels = np.arange(3, VOXEL_TILE + 4)
-    got = mean_voxels((y[start : start + 9] for start in range(0, T, 9)), voxels, finite=False)
+    got = mean_voxels(
+        (y[start : start + 9] for start in range(0, T, 9)), voxels, np.ones(T, dtype=bool), finite=False
+    )
     np.testing.assert_allclose(got, y.mean(axis=0)[None, voxels], rtol=1e-13)
     y[5, 7], y[5, 8] = np.nan, np.inf
-    assert np.isnan(mean_voxels([y], np.array([7, 8]), finite=False)).all()
-    np.testing.assert_allclose(mean_voxels([y], np.array([7]), finite=True), np.nansum(y[:, 7]) / T)
+    kept = np.ones(T, dtype=bool)
+    assert np.isnan(mean_voxels([y], np.array([7, 8]), kept, finite=False)).all()
+    np.testing.assert_allclose(mean_voxels([y], np.array([7]), kept, finite=True), np.nansum(y[:, 7]) / T)
+    kept[5] = False
+    got = mean_voxels([y[:4], y[4:]], np.array([7, 8]), kept, finite=False)
+    np.testing.assert_allclose(got[0], y[kept][:, 7:9].mean(axis=0), rtol=1e-13)
 
 
 # ------------------------------------------------------------------------------------------------- fixed effects

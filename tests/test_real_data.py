@@ -160,7 +160,8 @@ def test_haxby__twelve_runs(real_data, tmp_path):
             np.testing.assert_allclose(np.abs(inside).max(), peak, rtol=1e-3)
         maps[compat, noise_model] = inside
         assert (in_mask(fixed["n_runs"], mask_image) == 12).all()
-        assert (in_mask(fixed["dof"], mask_image) == 12 * (121 - designs[0].shape[1])).all()
+        dof, most = in_mask(fixed["dof"], mask_image), 12 * (121 - designs[0].shape[1])
+        assert (dof == most).all() if compat or noise_model == "ols" else ((dof > 100) & (dof < most)).all()
     # Corrected for its bias, the autocorrelation is larger and the statistics are smaller, in the same places.
     assert np.corrcoef(maps[None, "ar1"], maps["nilearn", "ar1"])[0, 1] > 0.98
     assert maps[None, "ar1"].std() < maps["nilearn", "ar1"].std() < maps[None, "ols"].std()

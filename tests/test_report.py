@@ -187,8 +187,8 @@ def test_report__repeats_the_command(results):
 @pytest.mark.parametrize(
     ("more", "said", "unsaid"),
     [
-        ((), "corrected for its bias", "nilearn"),
-        (("--compat", "nilearn"), "in steps of .01, not corrected", "corrected for its bias"),
+        ((), "corrected for the bias", "nilearn"),
+        (("--compat", "nilearn"), "in steps of .01, not corrected", "corrected for the bias"),
         (("--noise-model", "ols", "--signal-scaling", "none"), "was not scaled", "autoregressive"),
         (("--noise-model", "ols", "--compat", "nilearn"), "ordinary least squares", "autoregressive"),
         (("--precision-weighted", "--smoothing-fwhm", "4"), "inverse of their variance", "equal weights"),

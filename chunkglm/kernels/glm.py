@@ -1,18 +1,17 @@
-r"""Least squares and exact AR(1) at every voxel, from sums that are accumulated over time.
+r"""Least squares under autoregressive noise at every voxel, from sums that were accumulated over time.
 
-Notation, for one run: design :math:`X` (T, P) of rank r; :math:`U` (T, r) an orthonormal basis of its column
-space; S shifts down by one sample, with a first row of zeros. :math:`Q = U R` with R the rotation that
-diagonalises :math:`U'(S + S')U`, so that
+Notation, for one run: design :math:`X` (T, P) of rank r; :math:`Q` (T, r) an orthonormal basis of its column space that
+diagonalises :math:`Q'(S + S')Q = \Lambda = \mathrm{diag}(l)`, where S shifts down by one sample with a first row of zeros.
+Estimates are found in the coordinates of Q, at each voxel's own coefficients, from sums (:mod:`chunkglm.kernels.sums`)
+and the precision matrix of the noise (:mod:`chunkglm.kernels.precision`): :math:`b = M^{-1} Q'V^{-1}y` with
+:math:`M = Q'V^{-1}Q`.
 
-.. math:: Q'Q = I, \qquad Q'(S + S')Q = \Lambda = \mathrm{diag}(l).
-
-Whitening by AR(1) with coefficient :math:`\rho` is :math:`W = I - \rho S` (the first sample is left as it is),
-and
+AR(1) without gaps, the usual case, needs no factorisation. Whitening is :math:`W = I - \rho S` (the first sample is left as
+it is),
 
 .. math:: W'W = (1 + \rho^2) I - \rho (S + S') - \rho^2 e_T e_T'
 
-with :math:`e_T` the last unit vector. With q the last row of Q, :math:`c_0 = Q'y` and
-:math:`c_1 = Q'(S + S')y`, the generalised least squares problem in the coordinates of Q is
+with :math:`e_T` the last unit vector. With q the last row of Q, :math:`c_0 = Q'y` and :math:`c_1 = Q'(S + S')y`,
 
 .. math::
     M(\rho) &= Q'W'WQ = D - \rho^2 q q', \quad D = \mathrm{diag}(1 + \rho^2 - \rho l) \\
@@ -20,12 +19,7 @@ with :math:`e_T` the last unit vector. With q the last row of Q, :math:`c_0 = Q'
     y'W'Wy &= (1 + \rho^2) s_0 - 2 \rho s_1 - \rho^2 y_T^2
 
 where :math:`s_0 = \sum y_t^2` and :math:`s_1 = \sum y_t y_{t+1}`. M is diagonal plus rank one, so its inverse
-is that of Sherman and Morrison, in O(r) operations a voxel and at that voxel's own :math:`\rho`. Only
-:math:`c_0, c_1, s_0, s_1`, the sum, and the first and last sample touch the data, and all of them are sums over
-time: a run is fitted in one pass over blocks of volumes, none of which is kept.
-
-The samples are accumulated relative to a level near their mean, and the mean is then removed exactly, so that
-nothing cancels that the model does not remove itself.
+is that of Sherman and Morrison, in O(r) operations a voxel.
 """
 
 from __future__ import annotations
@@ -34,7 +28,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chunkglm.kernels.autocorrelation import corrected
+from chunkglm.kernels.autocorrelation import corrected, durbin, solve_lags, spread
+from chunkglm.kernels.precision import (
+    factorise,
+    make_precision,
+    normal_matrix,
+    quadratic_form,
+    right_hand_side,
+    substitute_back,
+)
+from chunkglm.kernels.sums import VOXEL_TILE, accumulate, quiet, remove_mean, scale_signal
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,221 +46,18 @@ if TYPE_CHECKING:
 
     from chunkglm.kernels.autocorrelation import Correction
     from chunkglm.kernels.basis import Basis
+    from chunkglm.kernels.sums import Signal, Sums
 
     Floats = NDArray[np.float64]
 
-VOXEL_TILE = 1024
-"""Voxels that are accumulated at a time: their samples and sums stay in the cache."""
-
-NO_VARIANCE = 16 * np.finfo(np.float64).eps
-"""A standard deviation below this part of the level is rounding, not signal."""
+SOLVE_TILE = 256
+"""Voxels whose normal equations are solved at a time: their matrices stay in the cache."""
 
 NO_RESIDUAL = 8 * np.finfo(np.float64).eps
 """A residual sum of squares below this part of the total, for each volume, is rounding."""
 
 BINS = 100
 """Steps of the autocorrelation per unit, under the reference's rules."""
-
-# Whatever is not finite ends as NaN in its own voxel, which is the answer and no surprise.
-_quiet = np.errstate(divide="ignore", invalid="ignore", over="ignore")
-
-
-# -------------------------------------------------------------------------------------------------------- sums
-
-
-class Sums(NamedTuple):
-    """What is kept of the data of V voxels, relative to ``shift``.
-
-    Attributes
-    ----------
-    products : ndarray, shape (2 r + 1, V)
-        c0, c1 and the sum of the samples.
-    squares, lagged : ndarray, shape (V,)
-        s0 and s1.
-    first, last : ndarray, shape (V,)
-        First and last sample.
-    shift : ndarray, shape (V,)
-        What was subtracted from every sample.
-    """
-
-    products: Floats
-    squares: Floats
-    lagged: Floats
-    first: Floats
-    last: Floats
-    shift: Floats
-
-    def tile(self, start: int) -> Sums:
-        """Views of the sums of ``VOXEL_TILE`` voxels, the first of them ``start``."""
-        return Sums(*(values[..., start : start + VOXEL_TILE] for values in self))
-
-
-@_quiet
-def accumulate(
-    blocks: Iterable[NDArray[Any]], basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False
-) -> Sums:
-    """Accumulate the sums of some voxels over the blocks of a run.
-
-    Parameters
-    ----------
-    blocks : iterable of ndarray, shape (n, ...)
-        Consecutive volumes, any real dtype; together as many as ``basis`` has. Each is dropped before the next
-        is taken.
-    basis : Basis
-    voxels : ndarray of int, shape (V,)
-        Numbers of the voxels in a raveled volume.
-    finite : bool
-        Count non-finite values as 0, as the reference does. Otherwise they make their voxel NaN.
-
-    Returns
-    -------
-    Sums
-
-    Raises
-    ------
-    ValueError
-        If the volumes are not as many as the rows of the design.
-    """
-    V = len(voxels)
-    sums = Sums(np.zeros((len(basis.rows), V)), *(np.zeros(V) for _ in range(5)))
-    done = centred = 0
-    for block in blocks:
-        n = len(block)
-        if n == 0:
-            continue
-        flat = block.reshape(n, -1)
-        rows = np.ascontiguousarray(basis.rows[:, done : done + n])
-        for start in range(0, V, VOXEL_TILE):
-            y = _samples(flat, voxels[start : start + VOXEL_TILE], finite=finite)
-            _add(sums.tile(start), y, rows, is_first=done == 0)
-        done += n
-        # The next block is made before these names are bound to it.
-        del block, flat
-        if done >= 2 * centred:
-            if centred:
-                _recentre(sums, basis.rows[:, :done].sum(axis=1))
-            centred = done
-    if done != basis.rows.shape[1]:
-        raise ValueError(f"The blocks hold {done} volumes and the design {basis.rows.shape[1]}.")
-    return sums
-
-
-def _samples(flat: NDArray[Any], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
-    """Samples of some voxels, as a new array (n, v)."""
-    y = flat[:, voxels].astype(np.float64)
-    if finite:
-        np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    return y
-
-
-def _add(sums: Sums, y: Floats, rows: Floats, *, is_first: bool) -> None:
-    """Add the samples y (n, v), in place."""
-    if is_first:
-        sums.shift[:] = y.mean(axis=0)
-    y -= sums.shift
-    sums.products[:] += rows @ y
-    sums.squares[:] += np.einsum("tv,tv->v", y, y)
-    sums.lagged[:] += np.einsum("tv,tv->v", y[1:], y[:-1])
-    if is_first:
-        sums.first[:] = y[0]
-    else:
-        sums.lagged[:] += sums.last * y[0]
-    sums.last[:] = y[-1]
-
-
-def _recentre(sums: Sums, totals: Floats) -> None:
-    """Make the sums relative to the mean of the samples so far, in place.
-
-    The first block may be a single volume, and far from the others. Done whenever the volumes have doubled, this
-    costs next to nothing, and no sum grows larger than the variance of the data makes it.
-    """
-    for start in range(0, len(sums.shift), VOXEL_TILE):
-        old = sums.tile(start)
-        new = _shifted(old, totals, -old.products[-1] / totals[-1])
-        for target, values in zip(old, new, strict=True):
-            target[...] = values
-
-
-def _shifted(sums: Sums, totals: Floats, by: Floats) -> Sums:
-    """Sums of the data plus ``by`` (V,), constant in time; ``totals`` are the sums of the rows used so far."""
-    n, total = totals[-1], sums.products[-1]
-    return Sums(
-        products=sums.products + totals[:, None] * by,
-        squares=sums.squares + 2 * by * total + n * by**2,
-        lagged=sums.lagged + by * (2 * total - sums.first - sums.last) + (n - 1) * by**2,
-        first=sums.first + by,
-        last=sums.last + by,
-        shift=sums.shift - by,
-    )
-
-
-class Signal(NamedTuple):
-    """The sums of a signal without its mean, and that mean.
-
-    Attributes
-    ----------
-    sums : Sums
-    level : ndarray, shape (V,)
-        The constant that was left out.
-    rounding : ndarray, shape (V,)
-        Sum of squares that the rounding of the samples may amount to.
-    """
-
-    sums: Sums
-    level: Floats
-    rounding: Floats
-
-
-@_quiet
-def remove_mean(sums: Sums, basis: Basis) -> Signal:
-    """Split the data into its temporal mean and the rest.
-
-    Parameters
-    ----------
-    sums : Sums
-        Of the data as it was read.
-    basis : Basis
-
-    Returns
-    -------
-    Signal
-        ``squares`` is NaN for voxels without variance in time.
-    """
-    n = basis.totals[-1]
-    centred = _shifted(sums, basis.totals, -sums.products[-1] / n)
-    level = sums.shift + sums.products[-1] / n
-    rounding = n * (NO_VARIANCE * np.maximum(np.abs(level), np.abs(sums.shift))) ** 2
-    flat = centred.squares <= rounding
-    return Signal(centred._replace(squares=np.where(flat, np.nan, centred.squares)), level, rounding)
-
-
-@_quiet
-def scale_signal(signal: Signal, basis: Basis, gain: Floats, offset: Floats) -> Signal:
-    """Scale the data to ``gain * y + offset``.
-
-    Parameters
-    ----------
-    signal : Signal
-        From :func:`remove_mean`.
-    basis : Basis
-    gain, offset : ndarray, shape (V,)
-
-    Returns
-    -------
-    Signal
-        All NaN for voxels without variance in time. If the design spans no constant, nothing is left out of its
-        sums.
-    """
-    level = gain * signal.level + offset
-    gain = np.where(np.isnan(signal.sums.squares), np.nan, gain)
-    products, squares, lagged, first, last, shift = signal.sums
-    scaled = Sums(
-        products * gain, squares * gain**2, lagged * gain**2, first * gain, last * gain, shift * gain
-    )
-    rounding = signal.rounding * gain**2
-    if basis.spans_constant:
-        return Signal(scaled, level, rounding)
-    return Signal(_shifted(scaled, basis.totals, level), np.zeros_like(level), rounding)
 
 
 # --------------------------------------------------------------------------------------------------- estimates
@@ -270,57 +70,61 @@ class Fit(NamedTuple):
     sigma2: Floats
 
 
-@_quiet
-def residual_lags(signal: Signal, basis: Basis) -> tuple[Floats, Floats]:
-    """Sum the squares and the lag-1 products of the least squares residuals, each of shape (V,).
+@quiet
+def residual_lags(signal: Signal, basis: Basis) -> Floats:
+    """Sum the squares and the lag products of the least squares residuals, shape (N + 1, V).
 
-    ``r0 = s0 - c0'c0`` and ``r1 = s1 - c0'c1 + c0' diag(l) c0 / 2``.
+    With k = 0 for the squares, ``r_k = s_k - c0'c_k + c0' Q'(S^k + S'^k)Q c0 / 2``.
     """
-    r = basis.rank
-    sums = signal.sums
-    c0, c1 = sums.products[:r], sums.products[r : 2 * r]
-    r0 = sums.squares - np.einsum("rv,rv->v", c0, c0)
-    r1 = sums.lagged - np.einsum("rv,rv->v", c0, c1) + np.einsum("r,rv,rv->v", basis.lag, c0, c0) / 2
-    return r0, r1
+    r, sums = basis.rank, signal.sums
+    out = np.empty((basis.order + 1, len(sums.squares)))
+    c0 = sums.products[:r]
+    out[0] = sums.squares - np.einsum("rv,rv->v", c0, c0)
+    for k, cross in enumerate(basis.cross, start=1):
+        c = sums.products[k * r : (k + 1) * r]
+        out[k] = sums.lagged[k - 1] - np.einsum("rv,rv->v", c0, c - cross @ c0 / 2)
+    return out
 
 
-@_quiet
-def yule_walker(signal: Signal, basis: Basis) -> Floats:
-    """Estimate the lag-1 autocorrelation of the residuals, r1 / r0, shape (V,); between -1 and 1.
-
-    NaN where there is no residual.
-    """
-    r0, r1 = residual_lags(signal, basis)
-    return np.where(r0 > _rounding(signal, basis), r1 / r0, np.nan)
+@quiet
+def residual_autocorrelation(signal: Signal, basis: Basis) -> Floats:
+    """Autocorrelations of the least squares residuals, r_k / r_0, shape (N, V); NaN where there is no residual."""
+    lags = residual_lags(signal, basis)
+    return np.where(lags[0] > _rounding(signal, basis), lags[1:] / lags[0], np.nan)
 
 
 def _rounding(signal: Signal, basis: Basis) -> Floats:
     """Residual sum of squares that means nothing: what rounding of the samples and of the sums amounts to."""
-    limit: Floats = np.maximum(signal.rounding, NO_RESIDUAL * basis.totals[-1] * signal.sums.squares)
+    limit: Floats = np.maximum(signal.rounding, NO_RESIDUAL * basis.n_kept * signal.sums.squares)
     return limit
 
 
-def yule_walker_binned(signal: Signal, basis: Basis) -> Floats:
-    """Estimate the coefficient as the reference does.
+def binned(observed: Floats, n_volumes: int) -> Floats:
+    """Estimate AR(1) coefficients as the reference does.
 
     Lag products are divided by their numbers of terms, and the quotient cut towards zero to steps of
     1 / ``BINS``. Source: nilearn 0.14.1, ``run_glm``.
+
+    Parameters
+    ----------
+    observed : ndarray
+        r_1 / r_0.
+    n_volumes : int
     """
-    T = basis.rows.shape[1]
-    rho: Floats = np.trunc(yule_walker(signal, basis) * T / (T - 1) * BINS) / BINS
+    rho: Floats = np.trunc(observed * n_volumes / (n_volumes - 1) * BINS) / BINS
     return rho
 
 
-@_quiet
-def fit_ar1(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
-    """Fit by generalised least squares, with the AR(1) coefficient of each voxel.
+@quiet
+def fit_at(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
+    """Fit by generalised least squares, with the autoregressive coefficients of each voxel.
 
     Parameters
     ----------
     signal : Signal
     basis : Basis
-    rho : ndarray, shape (V,)
-        0 is ordinary least squares.
+    rho : ndarray, shape (N, V)
+        N is the order of the basis, 0 for ordinary least squares.
     dof : int
         Divisor of the residual sum of squares.
 
@@ -329,55 +133,166 @@ def fit_ar1(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
     Fit
         ``sigma2`` is NaN where the residual is rounding.
     """
-    r = basis.rank
-    sums = signal.sums
-    c0, c1 = sums.products[:r], sums.products[r : 2 * r]
-    rhs = (1 + rho**2) * c0 - rho * c1 - rho**2 * basis.last[:, None] * sums.last
-    total = (1 + rho**2) * sums.squares - 2 * rho * sums.lagged - rho**2 * sums.last**2
-    coordinates = _solve(basis, rho, rhs)
-    residual = total - np.einsum("rv,rv->v", coordinates, rhs)
+    if basis.order == 0:
+        coordinates = signal.sums.products[: basis.rank].copy()
+        residual = signal.sums.squares - np.einsum("rv,rv->v", coordinates, coordinates)
+    elif basis.order == 1 and basis.gapless:
+        coordinates, residual = _solve_ar1(signal, basis, rho[0])
+    else:
+        coordinates, residual = np.empty((basis.rank, rho.shape[1])), np.empty(rho.shape[1])
+        for start in range(0, rho.shape[1], SOLVE_TILE):
+            tile = slice(start, start + SOLVE_TILE)
+            coordinates[:, tile], residual[tile] = _solve(signal.tile(start, SOLVE_TILE), basis, rho[:, tile])
     residual = np.where(residual > _rounding(signal, basis), residual, np.nan)
-    coordinates += basis.totals[:r, None] * signal.level
+    coordinates += basis.totals[: basis.rank, None] * signal.level
     return Fit(basis.to_beta @ coordinates, residual / dof)
 
 
-def _solve(basis: Basis, rho: Floats, rhs: Floats) -> Floats:
-    """M(rho)^-1 rhs for each voxel, by Sherman and Morrison."""
-    D = (1 + rho**2) - rho * basis.lag[:, None]
-    out: Floats = rhs / D
-    tail = basis.last[:, None] / D
-    correction = rho**2 * np.einsum("r,rv->v", basis.last, out)
-    out += tail * (correction / (1 - rho**2 * np.einsum("r,rv->v", basis.last, tail)))
-    return out
+def _solve_ar1(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:
+    """Coordinates in Q (r, V) and residual sums of squares (V,), by Sherman and Morrison."""
+    r, sums = basis.rank, signal.sums
+    c0, c1 = sums.products[:r], sums.products[r : 2 * r]
+    q, last = basis.near_rows[-1][:, None], sums.near[-1]
+    rhs = (1 + rho**2) * c0 - rho * c1 - rho**2 * q * last
+    total = (1 + rho**2) * sums.squares - 2 * rho * sums.lagged[0] - rho**2 * last**2
+    D = (1 + rho**2) - rho * np.diagonal(basis.cross[0])[:, None]
+    coordinates: Floats = rhs / D
+    tail = q / D
+    correction = rho**2 * (q * coordinates).sum(axis=0)
+    coordinates += tail * (correction / (1 - rho**2 * (q * tail).sum(axis=0)))
+    return coordinates, total - np.einsum("rv,rv->v", coordinates, rhs)
 
 
-def contrast_variance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
-    """Compute the variance of a contrast in units of sigma2: ``c' (X' W'W X)^+ c``.
+def _solve(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:
+    """Coordinates in Q (r, V) and residual sums of squares (V,), by Cholesky factors."""
+    r, N, sums = basis.rank, basis.order, signal.sums
+    precision = make_precision(basis, rho)
+    products = sums.products[: (N + 1) * r].reshape(N + 1, r, -1)
+    rhs = right_hand_side(basis, precision, products, sums.near)
+    total = quadratic_form(basis, precision, sums.squares, sums.lagged, sums.near)
+    factor = factorise(np.concatenate([normal_matrix(basis, precision), rhs[None]]))
+    return substitute_back(factor, factor[r]), total - np.einsum("rv,rv->v", factor[r], factor[r])
+
+
+@quiet
+def contrast_covariance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
+    """Compute the covariance of contrasts in units of sigma2: ``C (X' V^-1 X)^+ C'``.
 
     Parameters
     ----------
     basis : Basis
-    weights : ndarray, shape (P,)
-        Of a contrast that the design can estimate.
-    rho : ndarray, any shape
+        Of order N.
+    weights : ndarray, shape (q, P)
+        Of contrasts that the design can estimate.
+    rho : ndarray, shape (N, ...)
 
     Returns
     -------
-    ndarray
-        Of the shape of ``rho``.
+    ndarray, shape (q, q, ...)
+        For N = 0, (q, q).
     """
-    v = basis.to_beta.T @ weights
+    rotated = weights @ basis.to_beta
+    q, r = rotated.shape
+    if basis.order == 0:
+        return rotated @ rotated.T
+    flat = rho.reshape(basis.order, -1)
+    if basis.order == 1 and basis.gapless:
+        out = _covariance_ar1(basis, rotated, flat[0])
+    else:
+        out = np.empty((q, q, flat.shape[1]))
+        for start in range(0, flat.shape[1], SOLVE_TILE):
+            M = normal_matrix(basis, make_precision(basis, flat[:, start : start + SOLVE_TILE]))
+            below = np.broadcast_to(rotated[:, :, None], (q, r, M.shape[-1]))
+            factor = factorise(np.concatenate([M, below]))[r:]
+            out[..., start : start + SOLVE_TILE] = np.einsum("irv,jrv->ijv", factor, factor)
+    return out.reshape(q, q, *rho.shape[1:])
+
+
+def _covariance_ar1(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
     rho2 = rho**2
-    direct = np.zeros_like(rho)
-    mixed = np.zeros_like(rho)
-    tail = np.zeros_like(rho)
+    direct, mixed, tail = (
+        np.zeros((*shape, len(rho))) for shape in ((len(rotated),) * 2, (len(rotated),), ())
+    )
     # A loop over regressors, not voxels: scratch stays at the size of a map.
-    for v_i, l_i, q_i in zip(v, basis.lag, basis.last, strict=True):
+    for v, l_i, q_i in zip(rotated.T, np.diagonal(basis.cross[0]), basis.near_rows[-1], strict=True):
         inverse = 1 / (1 + rho2 - rho * l_i)
-        direct += v_i * v_i * inverse
-        mixed += v_i * q_i * inverse
+        direct += np.multiply.outer(v[:, None] * v, inverse)
+        mixed += np.multiply.outer(v * q_i, inverse)
         tail += q_i * q_i * inverse
-    return direct + rho2 * mixed**2 / (1 - rho2 * tail)
+    return direct + mixed[:, None] * mixed * (rho2 / (1 - rho2 * tail))
+
+
+@quiet
+def whitener(covariance: Floats) -> Floats:
+    """Find the symmetric square roots of inverse covariances (q, q, ...), as the reference whitens effects.
+
+    Source: nilearn 0.14.1, ``compute_contrast``.
+
+    Parameters
+    ----------
+    covariance : ndarray, shape (q, q, ...)
+
+    Returns
+    -------
+    ndarray, shape (q, q, ...)
+        NaN where the covariance is not finite.
+    """
+    last = np.moveaxis(covariance, (0, 1), (-2, -1))
+    finite = np.isfinite(last).all(axis=(-2, -1), keepdims=True)
+    values, vectors = np.linalg.eigh(np.where(finite, last, np.eye(len(covariance))))
+    root = np.einsum("...ik,...k,...jk->...ij", vectors, 1 / np.sqrt(values), vectors)
+    out: Floats = np.moveaxis(np.where(finite, root, np.nan), (-2, -1), (0, 1))
+    return out
+
+
+@quiet
+def effective_dof(basis: Basis, weights: Floats, rho: Floats, correction: Correction, dof: float) -> Floats:
+    r"""Degrees of freedom of contrasts under AR(1) noise whose coefficient is estimated.
+
+    Parameters
+    ----------
+    basis : Basis
+        Of order 1.
+    weights : ndarray, shape (q, P)
+        Of contrasts that the design can estimate, linearly independent.
+    rho : ndarray, shape (1, ...)
+    correction : Correction
+        Says between which coefficients the estimated one is to be seen.
+    dof : float
+        Residual degrees of freedom.
+
+    Returns
+    -------
+    ndarray, shape (...)
+        At most ``dof``.
+
+    Notes
+    -----
+    The variance of a contrast is estimated with the variance of sigma2, relative 2 / dof, and with that of the coefficient,
+    so that its degrees of freedom are, by Satterthwaite (1946, Biometrics Bulletin 2:110-114),
+
+    .. math::
+        \nu = \frac{2}{2 / dof + \delta^2}, \qquad
+        \delta = \frac{1}{2q} \log \frac{|C(\rho_+)|}{|C(\rho_-)|} + \frac{1}{2} \log \frac{E s^2(\rho_+)}{E s^2(\rho_-)}
+
+    where C is the covariance of the rows in units of sigma2 and :math:`E s^2` the expectation of the latter, at the
+    coefficients one standard deviation above and below (see :mod:`chunkglm.kernels.autocorrelation`).
+    """
+    lower, upper, residual = spread(rho, correction)
+    above, below = (_log_determinant(contrast_covariance(basis, weights, one)) for one in (upper, lower))
+    delta = (above - below) / (2 * len(weights)) + residual[0]
+    out: Floats = 2 / (2 / dof + delta**2)
+    return out
+
+
+def _log_determinant(matrix: Floats) -> Floats:
+    """Of symmetric positive definite matrices (q, q, ...)."""
+    if len(matrix) == 1:
+        single: Floats = np.log(matrix[0, 0])
+        return single
+    factor = factorise(matrix.copy())
+    out: Floats = 2 * np.log(np.stack([factor[i, i] for i in range(len(matrix))])).sum(axis=0)
+    return out
 
 
 # ----------------------------------------------------------------------------------------------------- one run
@@ -389,25 +304,23 @@ class Model(NamedTuple):
     Attributes
     ----------
     basis : Basis
-        Of the run's design.
+        Of the run's design and kept volumes, at the order of the noise model.
     dof : int
         Divisor of the residual sum of squares.
-    autoregressive : bool
-        AR(1) at each voxel's own coefficient; otherwise ordinary least squares.
     scaling : {"voxel", "run", "none"}
         Percent of the voxel's temporal mean, of the mean over the mask and time, or as it is.
     reference_rules : bool
         The rules of nilearn 0.14.1: means below 1 count as 1, non-finite samples as 0, binned coefficients.
-    correction : Correction or None
-        For the bias that fitting leaves in the autocorrelation; None leaves it uncorrected.
+    correction : Correction, ndarray or None
+        For the bias that fitting leaves in the autocorrelation: the table of order 1, the expectations of lag
+        products of a higher order, None under the reference's rules and without autocorrelation.
     """
 
     basis: Basis
     dof: int
-    autoregressive: bool
     scaling: str
     reference_rules: bool
-    correction: Correction | None = None
+    correction: Correction | Floats | None = None
 
 
 class Estimates(NamedTuple):
@@ -419,8 +332,10 @@ class Estimates(NamedTuple):
         Regression coefficients.
     sigma2 : ndarray, shape (V,)
         Variance of the innovations.
-    rho : ndarray, shape (V,)
-        AR coefficient that was used, 0 for ordinary least squares.
+    rho : ndarray, shape (N, V)
+        AR coefficients that were used.
+    at_limit : ndarray of bool, shape (V,)
+        Where no coefficients within bounds explain what is observed.
     n_unscaled : int
         Voxels with variance in time that are NaN because the mean that percent refer to is 0 or less.
     """
@@ -428,10 +343,11 @@ class Estimates(NamedTuple):
     beta: Floats
     sigma2: Floats
     rho: Floats
+    at_limit: NDArray[np.bool_]
     n_unscaled: int
 
 
-@_quiet
+@quiet
 def gain_and_offset(mean: Floats, model: Model, run_mean: float) -> tuple[Floats, Floats]:
     """Find the linear scaling of each voxel: the signal becomes ``gain * y + offset``.
 
@@ -456,39 +372,30 @@ def gain_and_offset(mean: Floats, model: Model, run_mean: float) -> tuple[Floats
     return 100 / level, np.full_like(mean, -100.0)
 
 
-@_quiet
-def mean_voxels(blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
-    """Average each voxel over the blocks of a run.
+@quiet
+def estimate_noise(signal: Signal, model: Model) -> tuple[Floats, NDArray[np.bool_]]:
+    """Estimate the autoregressive coefficients of each voxel, (N, V), and tell where they are at their bounds, (V,).
 
     Parameters
     ----------
-    blocks : iterable of ndarray, shape (n, ...)
-        Consecutive volumes.
-    voxels : ndarray of int, shape (V,)
-        Numbers of the voxels in a raveled volume.
-    finite : bool
-        Count non-finite values as 0.
-
-    Returns
-    -------
-    ndarray, shape (1, V)
-        NaN where the mean is not finite, so that such a voxel can be left out of a mean of voxels.
+    signal : Signal
+    model : Model
     """
-    total = np.zeros((1, len(voxels)))
-    n = 0
-    for block in blocks:
-        flat = block.reshape(len(block), -1)
-        for start in range(0, len(voxels), VOXEL_TILE):
-            tile = slice(start, start + VOXEL_TILE)
-            total[0, tile] += _samples(flat, voxels[tile], finite=finite).sum(axis=0)
-        n += len(block)
-        del block, flat
-    average: Floats = total / n
-    average[~np.isfinite(average)] = np.nan
-    return average
+    observed = residual_autocorrelation(signal, model.basis)
+    if model.reference_rules:
+        observed = binned(observed, model.basis.n_kept)
+    if model.correction is None:
+        return observed, np.zeros(observed.shape[1], dtype=bool)
+    if isinstance(model.correction, np.ndarray):
+        rho, solved = solve_lags(observed, model.correction)
+        return rho, ~solved & np.isfinite(observed).all(axis=0)
+    rho = corrected(observed, model.correction)
+    low, high = model.correction.limits
+    at_limit: NDArray[np.bool_] = (rho[0] <= low) | (rho[0] >= high)
+    return rho, at_limit
 
 
-@_quiet
+@quiet
 def fit_voxels(
     blocks: Iterable[NDArray[Any]], voxels: NDArray[np.intp], model: Model, run_mean: float = np.nan
 ) -> Estimates:
@@ -511,18 +418,71 @@ def fit_voxels(
     basis = model.basis
     V = len(voxels)
     sums = accumulate(blocks, basis, voxels, finite=model.reference_rules)
-    beta, sigma2, rho = np.empty((len(basis.to_beta), V)), np.empty(V), np.zeros(V)
+    beta, sigma2, rho = np.empty((len(basis.to_beta), V)), np.empty(V), np.empty((basis.order, V))
+    at_limit = np.zeros(V, dtype=bool)
     n_unscaled = 0
     for start in range(0, V, VOXEL_TILE):
         # In tiles, because solving needs several times the memory of the sums.
         tile = slice(start, start + VOXEL_TILE)
-        data = remove_mean(sums.tile(start), basis)
-        gain, offset = gain_and_offset(data.level, model, run_mean)
-        n_unscaled += int((np.isnan(gain) & ~np.isnan(data.sums.squares)).sum())
-        signal = scale_signal(data, basis, gain, offset)
-        if model.autoregressive:
-            rho[tile] = (yule_walker_binned if model.reference_rules else yule_walker)(signal, basis)
-            if model.correction is not None:
-                rho[tile] = corrected(rho[tile], model.correction)
-        beta[:, tile], sigma2[tile] = fit_ar1(signal, basis, rho[tile], model.dof)
-    return Estimates(beta, sigma2, rho, n_unscaled)
+        signal, lost = _scaled(sums.tile(start), model, run_mean)
+        n_unscaled += lost
+        if basis.order:
+            rho[:, tile], at_limit[tile] = estimate_noise(signal, model)
+        beta[:, tile], sigma2[tile] = fit_at(signal, basis, rho[:, tile], model.dof)
+    return Estimates(beta, sigma2, rho, at_limit, n_unscaled)
+
+
+def _scaled(sums: Sums, model: Model, run_mean: float) -> tuple[Signal, int]:
+    """The signal in the units of the model, and the number of voxels that vary but have none."""
+    data = remove_mean(sums, model.basis)
+    gain, offset = gain_and_offset(data.level, model, run_mean)
+    lost = int((np.isnan(gain) & ~np.isnan(data.sums.squares)).sum())
+    return scale_signal(data, model.basis, gain, offset), lost
+
+
+@quiet
+def information_criteria(
+    blocks: Iterable[NDArray[Any]],
+    voxels: NDArray[np.intp],
+    model: Model,
+    G: Floats,
+    run_mean: float = np.nan,
+) -> Floats:
+    r"""Compute the information criterion of every order of the noise model at some voxels.
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray, shape (n, ...)
+        Consecutive volumes.
+    voxels : ndarray of int, shape (V,)
+        Numbers of the voxels in a raveled volume.
+    model : Model
+        With a basis of the largest order N.
+    G : ndarray, shape (N + 1, T)
+        Expectations of lag products.
+    run_mean : float
+        Mean over the mask and time, for the scaling "run".
+
+    Returns
+    -------
+    ndarray, shape (N + 1, V)
+        BIC of the orders 0 to N, less what they have in common; NaN where there is no residual.
+
+    Notes
+    -----
+    :math:`BIC_k = n \log \hat\sigma^2_k + k \log n` (Schwarz 1978, Annals of Statistics 6:461-464), n kept volumes, with
+    :math:`\hat\sigma^2_k / \hat\sigma^2_0 = \prod_{j \le k} (1 - \phi_j^2)` by the partial autocorrelations. These are those of
+    the residuals, corrected for the bias of the design up to lag N (Worsley et al. 2002, NeuroImage 15:1-15).
+    """
+    basis = model.basis
+    n, N = basis.n_kept, basis.order
+    sums = accumulate(blocks, basis, voxels)
+    out = np.empty((N + 1, len(voxels)))
+    for start in range(0, len(voxels), VOXEL_TILE):
+        signal, _ = _scaled(sums.tile(start), model, run_mean)
+        observed = residual_autocorrelation(signal, basis)
+        lags = np.linalg.solve(G[:, : N + 1], np.concatenate([np.ones((1, observed.shape[1])), observed]))
+        left = durbin(lags[1:] / lags[0]).left
+        penalty = np.log(n) * np.arange(N + 1)
+        out[:, start : start + VOXEL_TILE] = n * np.log(left) + penalty[:, None]
+    return out

@@ -31,21 +31,6 @@ if TYPE_CHECKING:
 
 REPORT, PICTURES = "report.html", "pictures"
 
-_WHITE = "Noise is white (ordinary least squares)."
-NOISE = {
-    ("ols", None): _WHITE,
-    ("ols", "nilearn"): _WHITE,
-    (
-        "ar1",
-        None,
-    ): "Noise is autoregressive of order 1, with each voxel's own coefficient, corrected for its bias.",
-    (
-        "ar1",
-        "nilearn",
-    ): "Noise is autoregressive of order 1, with coefficients in steps of .01, not corrected.",
-}
-"""What the noise model and compat mean."""
-
 SCALING = {
     "voxel": "The signal is in percent of each voxel's mean.",
     "run": "The signal is in percent of the run's mean.",
@@ -222,7 +207,8 @@ def _asked(results: Results) -> dict[str, Any]:
         "The brain was found in each run's temporal mean."
         if mask is None
         else f"The mask is {_name_of(mask['path'])}.",
-        NOISE[options["noise_model"], options["compat"]],
+        _noise(provenance),
+        _censored(provenance),
         SCALING[options["signal_scaling"]],
         f"Fixed effects combine the runs {weighting}; their degrees of freedom add up.",
     ]
@@ -231,11 +217,46 @@ def _asked(results: Results) -> dict[str, Any]:
     contrasts = [
         {"name": name, "formula": _formula(definition)} for name, definition in options["contrasts"].items()
     ]
-    return {"sentences": sentences, "contrasts": contrasts}
+    return {"sentences": [sentence for sentence in sentences if sentence], "contrasts": contrasts}
+
+
+def _noise(provenance: Mapping[str, Any]) -> str:
+    """The noise models of all runs, in a sentence or two."""
+    models = [run["noise_model"] for run in provenance["runs"]]
+    asked, compat = provenance["options"]["noise_model"], provenance["options"]["compat"]
+    if asked == "auto":
+        found = ", ".join(
+            f"{run['label']}: {model}" for run, model in zip(provenance["runs"], models, strict=True)
+        )
+        return (
+            f"The order of the noise of each run was chosen by the Bayesian information criterion ({found})."
+        )
+    if asked == "ols":
+        return "Noise is white (ordinary least squares)."
+    how = (
+        "with coefficients in steps of .01, not corrected"
+        if compat
+        else "with each voxel's own coefficients, corrected for the bias that the design leaves"
+    )
+    return f"Noise is autoregressive of order {asked.removeprefix('ar')}, {how}."
+
+
+def _censored(provenance: Mapping[str, Any]) -> str:
+    """How many volumes were censored, if any."""
+    lost = {run["label"]: run["volumes"] - run["volumes_kept"] for run in provenance["runs"]}
+    if not any(lost.values()):
+        return ""
+    return "Censored volumes: " + ", ".join(f"{n} of run {label}" for label, n in lost.items() if n) + "."
 
 
 def _formula(definition: Any) -> str:
-    return definition if isinstance(definition, str) else "[" + ", ".join(f"{w:g}" for w in definition) + "]"
+    """A definition as text; the rows of an F contrast with semicolons."""
+    if isinstance(definition, str):
+        return definition
+    if isinstance(definition[0], str):
+        return "; ".join(definition)
+    rows = definition if isinstance(definition[0], list) else [definition]
+    return "[" + "; ".join(", ".join(f"{w:g}" for w in row) for row in rows) + "]"
 
 
 def _maps(results: Results) -> dict[str, Any]:
@@ -249,10 +270,18 @@ def _maps(results: Results) -> dict[str, Any]:
         shown = []
         for entry in entries:
             array = nifti.read_map(results.folder / "maps" / f"{map_name(name, 'z', entry['run'])}.nii.gz")
+            if _suffix(results, name) == "F":
+                # Where z is negative, F is smaller than noise alone makes it: nothing to see.
+                array = array.clip(min=0)
             coords = largest(array)[0] if coords is None else coords
             shown.append(_drawn(results, entry, array, coords, vmax))
         contrasts.append({"name": name, "fixed": shown[0], "runs": shown[1:], "at": coords})
     return {"contrasts": contrasts, "threshold": results.threshold}
+
+
+def _suffix(results: Results, contrast: str) -> str:
+    """The kind of a contrast, t or F, by the map that lies there."""
+    return "F" if (results.folder / "maps" / f"{map_name(contrast, 'F')}.nii.gz").is_file() else "t"
 
 
 def _drawn(
@@ -283,10 +312,12 @@ def _drawn(
 
 def _designs(results: Results) -> dict[str, Any]:
     """The design of every run with the weights of the contrasts over it."""
-    weights = {}
+    weights: dict[str, Any] = {}
     for name in results.provenance["options"]["contrasts"]:
         sidecar = results.folder / "maps" / f"{map_name(name, 'z')}.json"
-        weights[name] = json.loads(sidecar.read_text(encoding="utf-8"))["Weights"]
+        about = json.loads(sidecar.read_text(encoding="utf-8"))
+        rows = about["Weights"] if "Rows" in about else {"": about["Weights"]}
+        weights |= {f"{name}: {row}" if row else name: one for row, one in rows.items()}
     designs = []
     fit = stores.open_store(results.folder / "fit.zarr")
     for run, design in zip(results.provenance["runs"], designs_of(fit), strict=True):

@@ -184,7 +184,8 @@ def _label(array: xr.DataArray) -> str:
     """What the numbers of a map are, as far as its name tells."""
     name = "" if array.name is None else str(array.name)
     entity = re.search(r"_stat-([a-zA-Z]+)_", os.path.basename(name))  # noqa: PTH119  (may be a URL)
-    return entity[1] if entity else MAPS.get(name, "")
+    kind = "F" if str(array.attrs.get("long_name", "")).startswith("F ") else "t"
+    return entity[1] if entity else MAPS[kind].get(name, "")
 
 
 # ------------------------------------------------------------------------------------------------------------ drawing
