@@ -19,6 +19,7 @@ from scipy.signal import lfilter
 from chunkglm.kernels import glm
 from chunkglm.kernels.autocorrelation import Correction, lag_expectations, make_correction
 from chunkglm.kernels.basis import make_basis
+from chunkglm.kernels.uncertainty import make_frequencies
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +89,13 @@ def p_values(noise: Floats, weights: Floats, models: dict[str, glm.Model]) -> di
         covariance = glm.contrast_covariance(model.basis, weights[None], fit.rho)[0, 0]
         t = weights @ fit.beta / np.sqrt(fit.sigma2 * covariance)
         dof: Any = model.dof
-        if isinstance(model.correction, Correction):
-            dof = glm.effective_dof(model.basis, weights[None], fit.rho, model.correction, model.dof)
+        if model.correction is not None:
+            known = (
+                model.correction
+                if isinstance(model.correction, Correction)
+                else make_frequencies(model.basis)
+            )
+            dof = glm.effective_dof(model.basis, weights[None], fit.rho, known, model.dof)
         found[name] = 2 * stats.t.sf(np.abs(t), dof)
     return found
 

@@ -20,6 +20,7 @@ from chunkglm.kernels.autocorrelation import Correction, make_correction
 from chunkglm.kernels.basis import Basis, make_basis
 from chunkglm.kernels.combine import f_statistic
 from chunkglm.kernels.glm import contrast_covariance, effective_dof, whitener
+from chunkglm.kernels.uncertainty import Frequencies, make_frequencies
 from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical_json, require, text_labels
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from chunkglm.expressions import Definition
+
+KEPT_ATTRIBUTES = ("noise_model", "noise_model_chosen", "signal_scaling", "compat")
+"""What contrasts say of the fit that they are made from."""
 
 LEAST_VARIANCE = 1e-50
 """Variances below this count as this in the reference's statistic (nilearn 0.14.1)."""
@@ -57,7 +61,7 @@ def contrast(
     -------
     Dataset
         ``effect``, ``variance``, ``stat``, ``p_value``, ``z_score`` with dims ``(run, z, y, x)`` and ``dof (run)``, float64;
-        where the coefficient of AR(1) noise is estimated, ``dof (run, z, y, x)``. Of F contrasts, ``effect
+        where coefficients of the noise are estimated, ``dof (run, z, y, x)``. Of F contrasts, ``effect
         (run, row, ...)`` and ``covariance (run, row, row_, ...)`` in place of ``variance``, and ``n_rows``; contrasts of
         fewer rows are filled up with NaN. ``p_value`` is one-sided (right tail). A run that lacks a
         regressor of the contrast, or whose design cannot estimate it, is NaN, and named in a warning.
@@ -75,7 +79,7 @@ def contrast(
     The effect is ``c'b`` and its variance ``sigma2 c'(X'V^-1 X)^+ c`` with V at the voxel's own coefficients;
     ``t = c'b / sqrt(variance)``. With the rows of a matrix C, ``F = (Cb)' (sigma2 C(X'V^-1 X)^+C')^-1 (Cb) / q`` on q and dof
     degrees of freedom (Seber and Lee 2003, Linear Regression Analysis, chapters 3 and 4). Degrees of freedom are those
-    of the residuals, reduced for the uncertainty of an AR(1) coefficient (see
+    of the residuals, reduced for the uncertainty of the coefficients (see
     :func:`chunkglm.kernels.glm.effective_dof`). Under ``compat="nilearn"`` they are not, and the effect of an F contrast
     is that of the reference, whitened by the symmetric root of its precision.
     """
@@ -132,14 +136,14 @@ class _Test(NamedTuple):
 class _Design(NamedTuple):
     """The design of one run over its kept volumes: its values, the names of its columns and their places in the fit.
 
-    For contrasts of a fit also its basis, and the correction of an AR(1) coefficient.
+    For contrasts of a fit also its basis, and the uncertainty of autoregressive coefficients.
     """
 
     X: NDArray[np.float64]
     columns: list[str]
     places: list[int]
     basis: Basis | None = None
-    correction: Correction | None = None
+    uncertainty: Correction | Frequencies | None = None
 
 
 class _Parts(NamedTuple):
@@ -192,19 +196,24 @@ def _design_of(
     X = np.ascontiguousarray(frame.to_numpy(dtype=np.float64))
     # The reference drops censored volumes, and filters across the gaps.
     used, left = (X[kept], kept[kept]) if by_reference else (X, kept)
-    basis, correction = _decomposed(used.tobytes(), used.shape, left.tobytes(), order, by_reference)
-    return _columns_of(frame, kept, regressors)._replace(basis=basis, correction=correction)
+    basis, uncertainty = _decomposed(used.tobytes(), used.shape, left.tobytes(), order, by_reference)
+    return _columns_of(frame, kept, regressors)._replace(basis=basis, uncertainty=uncertainty)
 
 
 @lru_cache(maxsize=64)
 def _decomposed(
     content: bytes, shape: tuple[int, int], kept: bytes, order: int, by_reference: bool
-) -> tuple[Basis, Correction | None]:
-    """Basis and correction of a design: a tenth of a second for a long run, and the same for its next contrast."""
+) -> tuple[Basis, Correction | Frequencies | None]:
+    """Basis of a design, and uncertainty of the noise under it.
+
+    They take a tenth of a second for a long run, and are the same for its next contrast.
+    """
     X, left = np.frombuffer(content).reshape(shape), np.frombuffer(kept, dtype=bool)
     with single_blas_thread():
         basis = make_basis(X, left, order=order)
-        return basis, make_correction(basis) if order == 1 and not by_reference else None
+        if order == 0 or by_reference:
+            return basis, None
+        return basis, make_correction(basis) if order == 1 else make_frequencies(basis)
 
 
 def _columns_of(frame: pd.DataFrame, kept: NDArray[np.bool_], regressors: list[str]) -> _Design:
@@ -315,7 +324,7 @@ def _attributes(parts: _Parts, tests: list[_Test]) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "stat_type": tests[0].stat_type,
         "definition": canonical_json({test.name or "": _shown(test.definition) for test in tests}).decode(),
-        **{key: attrs[key] for key in ("noise_model", "signal_scaling", "compat") if key in attrs},
+        **{key: attrs[key] for key in KEPT_ATTRIBUTES if key in attrs},
     }
 
 
@@ -360,7 +369,7 @@ def _contrast(parts: _Parts, test: _Test) -> xr.Dataset:
         numbers = np.arange(1, q + 1)
         ds = ds.assign_coords(row=numbers, row_=numbers, row_name=("row", text_labels(rows.names)))
     ds = ds.assign_coords({key: value for key, value in fit.coords.items() if set(value.dims) <= set(dims)})
-    if any(design.correction is not None for design in parts.designs):
+    if any(design.uncertainty is not None for design in parts.designs):
         ds["dof"] = (dims, stack([e[-1] for e in estimates]))
     else:
         ds["dof"] = ("run", np.where([w is None for w in run_weights], np.nan, parts.dof))
@@ -435,10 +444,10 @@ def _effect_and_covariance(
     if covariance.ndim == 2:  # the same for all voxels
         covariance = covariance.reshape(q, q, *(1,) * len(space))
     out[q:-1] = (covariance * sigma2[0]).reshape(q * q, *space)
-    if design.correction is None:
+    if design.uncertainty is None:
         out[-1] = dof
     else:
-        out[-1] = effective_dof(basis, weights, used, design.correction, dof)
+        out[-1] = effective_dof(basis, weights, used, design.uncertainty, dof)
     # sigma2 is NaN where the residual says nothing, and then neither does anything else.
     out[:, np.isnan(sigma2[0])] = np.nan
     return out

@@ -78,6 +78,12 @@ def convert(
         If ``memory`` is too little.
     StoreExistsError, StoreError
         If the store cannot be written.
+
+    Notes
+    -----
+    Smoothing is by a Gaussian of standard deviation ``fwhm / sqrt(8 ln 2)`` along each axis of the grid, cut at four of
+    them, with the volume reflected at its edges (``scipy.ndimage.gaussian_filter1d``). Without a mask, the brain is found
+    by the histogram of the temporal mean, as in nilearn 0.14.1 (``compute_epi_mask``): see :mod:`chunkglm.kernels.masking`.
     """
     if smoothing_fwhm is not None and not (np.isfinite(smoothing_fwhm) and smoothing_fwhm > 0):
         raise InputError(

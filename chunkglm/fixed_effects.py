@@ -36,31 +36,36 @@ def fixed_effects(
     ----------
     contrasts : Dataset
         ``effect``, ``variance`` and ``dof`` over ``dim``, from :func:`chunkglm.contrast` or any other origin and
-        with any further dims. ``dof`` may vary between voxels.
+        with any further dims. ``dof`` may vary between voxels. Or an F contrast: ``effect`` with a dim ``row``, and
+        ``covariance`` with ``row`` and ``row_`` in place of ``variance``.
     dim : hashable
         Dimension to combine over.
     precision_weighted : bool
-        Weight each run by the inverse of its variance, voxel by voxel. Otherwise all runs count the same.
+        Weight each run by the inverse of its variance (of an F contrast: of its covariance of rows), voxel by voxel.
+        Otherwise all runs count the same.
 
     Returns
     -------
     Dataset
         ``effect``, ``variance``, ``dof``, ``stat``, ``p_value``, ``z_score`` and ``n_runs`` (runs that were
         combined) without ``dim``, lazy and float64. A run that is NaN at a voxel is left out there, so ``dof``
-        and ``n_runs`` have the voxel dims too; no run left gives NaN.
+        and ``n_runs`` have the voxel dims too; no run left gives NaN. Of F contrasts ``covariance`` in place of
+        ``variance``, and ``n_rows``.
 
     Raises
     ------
     InputError
-        If a variable or ``dim`` is missing.
+        If a variable or a dim is missing, or F contrasts of the reference are to be weighted by precision.
     ContrastError
         If no run has the contrast.
 
     Notes
     -----
     With n runs: ``effect = mean(effect_r)`` and ``variance = sum(variance_r) / n**2``; weighted by precision,
-    ``variance = 1 / sum(1 / variance_r)`` and ``effect = variance * sum(effect_r / variance_r)``. Degrees of
-    freedom add up. The attribute ``compat`` of the contrasts is followed.
+    ``variance = 1 / sum(1 / variance_r)`` and ``effect = variance * sum(effect_r / variance_r)`` (Cochran 1954, Biometrics
+    10:101-129); ``t = effect / sqrt(variance)``. Of F contrasts the same with covariances: ``V = sum(V_r) / n**2``, or
+    ``V = (sum V_r^-1)^-1`` and ``effect = V sum(V_r^-1 effect_r)``; ``F = effect' V^-1 effect / q``. Degrees of freedom add
+    up. The attribute ``compat`` of the contrasts is followed.
     """
     of_rows = "covariance" in contrasts
     by_reference = contrasts.attrs.get("compat") == "nilearn"

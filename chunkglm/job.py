@@ -505,7 +505,7 @@ def _provenance(
                 "sha256": run.attrs["source_sha256"],
                 "design": design,
                 "design_sha256": _sha256(design),
-                "sample_mask": job.sample_masks[number] if job.sample_masks else None,
+                **_about_sample_mask(job, number),
                 "volumes": run.sizes["time"],
                 "volumes_kept": int(fitted["sample_mask"].isel(run=number).sum()),
                 "repetition_time": run.attrs["repetition_time"],
@@ -518,6 +518,11 @@ def _provenance(
         "peaks": summary.peaks,
         "outputs": summary.outputs,
     }
+
+
+def _about_sample_mask(job: Job, number: int) -> dict[str, Any]:
+    path = job.sample_masks[number] if job.sample_masks else "all"
+    return {"sample_mask": path, "sample_mask_sha256": None if path == "all" else _sha256(path)}
 
 
 def _about_fit(fitted: xr.Dataset, run: xr.Dataset, job: Job) -> dict[str, Any]:

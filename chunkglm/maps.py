@@ -9,6 +9,7 @@ import numpy as np
 
 from chunkglm import grids, nifti
 from chunkglm._version import __version__
+from chunkglm.contrasts import KEPT_ATTRIBUTES
 from chunkglm.errors import StoreError
 from chunkglm.expressions import contrast_name
 from chunkglm.schema import SPACE
@@ -79,7 +80,7 @@ def write_maps(
             "Weights": _weights(maps),
             **_degrees_of_freedom(maps),
             "Inputs": list(inputs),
-            "Model": {key: maps.attrs.get(key) for key in ("noise_model", "signal_scaling", "compat")},
+            "Model": {key: maps.attrs[key] for key in KEPT_ATTRIBUTES if key in maps.attrs},
             "GeneratedBy": {"Name": "chunkglm", "Version": __version__},
         }
         if run is None:

@@ -24,9 +24,21 @@ def test_memory__prints_a_row_for_every_job(tmp_path, capsys, monkeypatch):
 def test_calibration__prints_and_draws_every_row(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(calibration, "LENGTHS", (60,))
     picture = tmp_path / "picture.png"
-    words = ["--voxels", "200", "--designs", "1", "--volumes", "60", "--picture", str(picture)]
+    words = [
+        "--voxels",
+        "200",
+        "--designs",
+        "1",
+        "--volumes",
+        "60",
+        "--censored",
+        "60",
+        "--picture",
+        str(picture),
+    ]
     calibration.main(words)
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert len(rows) == 2 * len(calibration.NOISE)
+    assert len(rows) == 4 * len(calibration.NOISE)
+    assert sum("20% censored" in row[1] for row in rows) == 2 * len(calibration.NOISE)
     assert all(0 <= float(cell.strip("| ")) <= 1 for row in rows for cell in row[3:])
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -274,6 +274,95 @@ def test_run__drift_that_the_design_lacks_is_told_and_counted(data, tmp_path, ca
     assert "voxels at the limit" in (tmp_path / "results" / "report.html").read_text("utf-8")
 
 
+@pytest.fixture(scope="module")
+def censored(data, tmp_path_factory):
+    """A job with an F contrast, censored volumes and an order of the noise that is chosen."""
+    output = tmp_path_factory.mktemp("censored") / "results"
+    mask = output.parent / "mask.txt"
+    mask.write_text(" ".join("0" if volume in (0, 1, 30) else "1" for volume in range(66)))
+    words = job(data, "any=[1,0,0,0,0,0,0; 0,1,0,0,0,0,0]")
+    more = ("--sample-mask", mask, "--sample-mask", "all", "--noise-model", "auto")
+    assert call(*words, *more, "--contrast", "diff=[1,-1,0,0,0,0,0]", "--output", output) == 0
+    return output, (*words, *more)
+
+
+def test_run__f_contrasts_have_their_own_maps(censored):
+    output, _ = censored
+    maps = output / "maps"
+    for prefix in ("", "run-1_", "run-2_"):
+        names = {path.name for path in maps.glob(f"{prefix}contrast-any_*.nii.gz")}
+        assert names == {
+            f"{prefix}contrast-any_{end}.nii.gz"
+            for end in ("mask", *(f"stat-{stat}_statmap" for stat in ("effect", "F", "p", "z")))
+        }
+        assert nib.load(maps / f"{prefix}contrast-any_stat-effect_statmap.nii.gz").shape == (*SHAPE, 2)
+        sidecar = json.loads((maps / f"{prefix}contrast-any_stat-F_statmap.json").read_text())
+        assert sidecar["Description"].startswith("F statistic")
+        assert sidecar["Rows"] == 2
+        assert sidecar["Weights"] == {"1": {"SSt": 1}, "2": {"SSp": 1}}
+        assert sidecar["Model"]["noise_model_chosen"] == [
+            run["noise_model"] for run in json.loads((output / "provenance.json").read_text())["runs"]
+        ]
+    fit = cg.open_store(output / "fit.zarr")
+    expected = cg.fixed_effects(cg.contrast(fit, ["SSt", "SSp"])).compute()
+    F = nib.load(maps / "contrast-any_stat-F_statmap.nii.gz").get_fdata()
+    np.testing.assert_allclose(F, expected["stat"].fillna(0).values.T, rtol=1e-9)
+
+
+def test_run__an_f_contrast_has_no_lowest_and_the_report_says_so(censored):
+    output, _ = censored
+    provenance = json.loads((output / "provenance.json").read_text())
+    for entry in provenance["peaks"]:
+        if entry["contrast"] == "any":
+            assert entry["lowest"] is None
+            assert entry["highest"]["F"] > 1
+        else:
+            assert entry["lowest"]["z"] < entry["highest"]["z"]
+    text = (output / "report.html").read_text("utf-8")
+    assert "[1, 0, 0, 0, 0, 0, 0; 0, 1, 0, 0, 0, 0, 0]" in text
+    assert "Bayesian information criterion" in text
+    assert "Censored volumes: 3 of run 1." in text
+    assert "66, 63 kept" in text
+    assert "sample mask 1" in text
+    assert "sample mask 2" not in text
+
+
+def test_run__censored_volumes_are_part_of_what_the_fit_is_made_of(censored, capsys):
+    output, words = censored
+    provenance = json.loads((output / "provenance.json").read_text())
+    assert [run["volumes_kept"] for run in provenance["runs"]] == [63, 72]
+    assert [run["sample_mask"] for run in provenance["runs"]] == [str(output.parent / "mask.txt"), "all"]
+    fit = cg.open_store(output / "fit.zarr")
+    np.testing.assert_array_equal(np.flatnonzero(~fit["sample_mask"][0, :66].values), [0, 1, 30])
+    assert call(*words, "--contrast", "diff=[1,-1,0,0,0,0,0]", "--output", output) == 0
+    assert "up to date" in capsys.readouterr().out
+    numbers = output.parent / "numbers.txt"
+    numbers.write_text("\n".join(str(volume) for volume in range(66) if volume not in (0, 1, 30)))
+    same = [numbers if str(word).endswith("mask.txt") else word for word in words]
+    assert call(*same, "--contrast", "diff=[1,-1,0,0,0,0,0]", "--output", output) == 0
+    assert "up to date" in capsys.readouterr().out
+    numbers.write_text("\n".join(str(volume) for volume in range(2, 66)))
+    assert "holds the result of another job" in fails(
+        capsys, *same, "--contrast", "diff=[1,-1,0,0,0,0,0]", "--output", output
+    )
+
+
+def test_steps__f_contrasts_go_from_fit_to_maps(censored, tmp_path, capsys):
+    output, _ = censored
+    names = ["--contrast", "any=SSt; SSp", "--contrast", "three=SSt; SSp; DSt"]
+    assert call("contrast", output / "fit.zarr", *names, "--output", tmp_path / "c.zarr") == 0
+    assert call("combine", tmp_path / "c.zarr", "--precision-weighted", "--output", tmp_path / "f.zarr") == 0
+    assert call("export", tmp_path / "f.zarr", "--output", tmp_path / "maps") == 0
+    for name, q in (("any", 2), ("three", 3)):
+        effect = nib.load(tmp_path / "maps" / f"contrast-{name}_stat-effect_statmap.nii.gz")
+        assert effect.shape == (*SHAPE, q)
+        assert np.isfinite(effect.get_fdata()).all()
+        assert (tmp_path / "maps" / f"contrast-{name}_stat-F_statmap.nii.gz").is_file()
+    mixed = [*names, "--contrast", "t=SSt"]
+    err = fails(capsys, "contrast", output / "fit.zarr", *mixed, "--output", tmp_path / "m.zarr")
+    assert "calls of their own" in err
+
+
 def test_run__compat_and_precision_weighting_are_followed(data, tmp_path):
     from nilearn.glm import compute_fixed_effects
 
@@ -550,6 +639,7 @@ def wrong_inputs(data, folder):
         "too many weights": ({"contrast": "diff=[1,2,3,4,5,6,7,8,9,10]"}, ["10"]),
         "two of a name": ({"contrast": ["a=DSt", "a=SSt"]}, ["'a'"]),
         "noise model": ({"noise-model": "arma"}, ["arma", "ar2"]),
+        "sample masks": ({"sample-mask": data / "run1_design.npz"}, ["1 sample masks", "once for each run"]),
         "memory": ({"memory": "1MiB"}, ["memory", "1.0 MiB"]),
         "no amount of memory": ({"memory": "lots"}, ["lots"]),
         "negative smoothing": ({"smoothing-fwhm": "-5"}, ["-5"]),
@@ -559,7 +649,7 @@ def wrong_inputs(data, folder):
 WRONG = [
     "no such file", "not a NIfTI", "truncated gzip", "3-D image", "no repetition time", "rows and volumes", "one design",
     "no such design", "mask on another grid", "mask shifted", "empty mask", "no such mask", "unknown regressor", "no names", "constant",
-    "product", "hostile name", "too many weights", "two of a name", "noise model", "memory", "no amount of memory",
+    "product", "hostile name", "too many weights", "two of a name", "noise model", "sample masks", "memory", "no amount of memory",
     "negative smoothing",
 ]  # fmt: skip
 

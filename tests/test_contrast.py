@@ -86,7 +86,7 @@ def test_contrast__has_the_documented_layout(lazy_fit, two_runs, two_designs):
         assert got[name].attrs["long_name"]
     assert got["dof"].dims == ("run", *SPACE)
     assert got["estimable"].values.tolist() == [True, True]
-    for options in ({"noise_model": "ols"}, {"compat": "nilearn"}, {"noise_model": "ar2"}):
+    for options in ({"noise_model": "ols"}, {"compat": "nilearn"}):
         plain = cg.contrast(cg.fit(two_runs, two_designs, **options), "DSt - SSt")
         assert plain["dof"].dims == ("run",)
         np.testing.assert_array_equal(plain["dof"], lazy_fit["dof"])

@@ -38,11 +38,20 @@ LARGE_GAMMA_ARGUMENT = 100.0
 F_MIDDLE = 1.0
 """F statistics smaller than this go through the left tail; at 1 neither tail is next to 0."""
 
-F_MAX_DOF = 1e100
-"""More degrees of freedom count as this, so infinitely many too: scipy gives NaN from 1e200 on.
+F_LARGE = 1e100
+"""More degrees of freedom count as this, so infinitely many too; larger statistics go through logarithms.
 
 With as many in the denominator, F is the chi-square divided by its dof, for every statistic below 1e80.
 """
+
+LARGE_HALF = 3000.0
+"""From this ``a`` on, I_x(a, b) is computed as the complement of I_y(b, a).
+
+That takes scipy ten times as long, but the rounding of x, raised to this power, would cost more than 1e-12.
+"""
+
+INFINITE_HALF = 1e17
+"""From this ``a`` on, I_x(a, b) is the incomplete gamma function to rounding error, where it does not underflow."""
 
 REFERENCE_MAX_DOF = 1e10
 REFERENCE_MIN_PROBABILITY = 1e-300
@@ -264,7 +273,7 @@ def _as_f_broadcast(
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """The same for F, with the statistics and the degrees of freedom brought into their ranges."""
     stat_, dof_1_, dof_2_ = _as_broadcast(stat, dof_1, dof_2)
-    return np.maximum(stat_, 0.0), np.minimum(dof_1_, F_MAX_DOF), np.minimum(dof_2_, F_MAX_DOF)
+    return np.maximum(stat_, 0.0), np.minimum(dof_1_, F_LARGE), np.minimum(dof_2_, F_LARGE)
 
 
 def _z_of_clipped(right: FloatArray, left: FloatArray) -> FloatArray:
@@ -305,17 +314,29 @@ def _f_tails(
     Returns where the tail is the left one, the tails, where they underflow, and the logarithms of only those.
     """
     lower = np.asarray(stat < F_MIDDLE, dtype=np.bool_)
-    # Where half of either dof is whole, scipy 1.17 sums a binomial, to an error of 3e-17 times dof_2. So it gets
-    # the next floating-point number, whose half is not whole, and which changes less than rounding does.
-    uneven = np.nextafter(dof_2, np.inf)
-    tail = np.empty(stat.shape)
-    special.fdtr(dof_1, uneven, stat, out=tail, where=lower)
-    special.fdtrc(dof_1, uneven, stat, out=tail, where=~lower)
-    # Next to 0, stat * dof_1 / dof_2 underflows in there, where its square root, the tail, need not be small.
-    tiny = np.minimum(stat, 1.0) * dof_1 < UNDERFLOW * dof_2
-    far = np.asarray((tiny | (tail < UNDERFLOW)) & (stat > 0) & np.isfinite(stat), dtype=np.bool_)
-    log_tail = _log_tail(np.log(stat[far]), dof_1[far], dof_2[far], lower[far])
-    return lower, tail, far, log_tail
+    clipped = np.clip(stat, 1.0 / F_LARGE, F_LARGE)
+    numerator, total = dof_1 * clipped, dof_1 * clipped + dof_2
+    x, y = np.where(lower, numerator, dof_2) / total, np.where(lower, dof_2, numerator) / total
+    # Where both halves are whole, scipy sums a binomial, to an error of 3e-17 times dof_2. So it gets the next
+    # floating-point number, whose half is not whole, and which changes less than rounding does.
+    a, b = _halves(lower, dof_1, np.nextafter(dof_2, np.inf))
+    tail = np.full(stat.shape, np.nan)
+    # By index: with `where`, scipy before 1.18 may crash (github.com/scipy/xsf, pull request 146).
+    usual, large, infinite = a < LARGE_HALF, (a >= LARGE_HALF) & (a < INFINITE_HALF), a >= INFINITE_HALF
+    tail[usual] = special.betainc(a[usual], b[usual], x[usual])
+    tail[large] = special.betaincc(b[large], a[large], y[large])
+    tail[infinite] = special.gammaincc(b[infinite], a[infinite] * y[infinite])
+    far = np.asarray((tail < UNDERFLOW) | (stat != clipped), dtype=np.bool_)
+    with np.errstate(divide="ignore"):
+        log_stat = np.log(stat[far])
+    return lower, tail, far, _log_tail(log_stat, dof_1[far], dof_2[far], lower[far])
+
+
+def _halves(
+    lower: npt.NDArray[np.bool_], dof_1: FloatArray, dof_2: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Both parameters of I_x(a, b): dof_2 / 2 and dof_1 / 2 for the right tail, exchanged for the left one."""
+    return 0.5 * np.where(lower, dof_1, dof_2), 0.5 * np.where(lower, dof_2, dof_1)
 
 
 def _t_log_tail(size: FloatArray, dof: FloatArray) -> FloatArray:
@@ -335,7 +356,7 @@ def _log_tail(
     Everything is a function of log(y / x), so that no product overflows and neither x nor y is found by
     subtraction.
     """
-    a, b = 0.5 * np.where(lower, dof_1, dof_2), 0.5 * np.where(lower, dof_2, dof_1)
+    a, b = _halves(lower, dof_1, dof_2)
     log_odds = np.where(lower, -1.0, 1.0) * (log_stat + np.log(dof_1) - np.log(dof_2))
     x, y = special.expit(-log_odds), special.expit(log_odds)
     excess = a * y - b * x

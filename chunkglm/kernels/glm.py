@@ -28,9 +28,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from chunkglm.kernels.autocorrelation import corrected, durbin, solve_lags, spread
+from chunkglm.kernels.autocorrelation import DIFFERENCE, Correction, corrected, durbin, solve_lags, spread
 from chunkglm.kernels.precision import (
+    Precision,
     factorise,
+    invert,
     make_precision,
     normal_matrix,
     quadratic_form,
@@ -38,15 +40,16 @@ from chunkglm.kernels.precision import (
     substitute_back,
 )
 from chunkglm.kernels.sums import VOXEL_TILE, accumulate, quiet, remove_mean, scale_signal
+from chunkglm.kernels.uncertainty import coefficient_covariance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from numpy.typing import NDArray
 
-    from chunkglm.kernels.autocorrelation import Correction
     from chunkglm.kernels.basis import Basis
     from chunkglm.kernels.sums import Signal, Sums
+    from chunkglm.kernels.uncertainty import Frequencies
 
     Floats = NDArray[np.float64]
 
@@ -246,18 +249,20 @@ def whitener(covariance: Floats) -> Floats:
 
 
 @quiet
-def effective_dof(basis: Basis, weights: Floats, rho: Floats, correction: Correction, dof: float) -> Floats:
-    r"""Degrees of freedom of contrasts under AR(1) noise whose coefficient is estimated.
+def effective_dof(
+    basis: Basis, weights: Floats, rho: Floats, uncertainty: Correction | Frequencies, dof: float
+) -> Floats:
+    r"""Degrees of freedom of contrasts under autoregressive noise whose coefficients are estimated.
 
     Parameters
     ----------
     basis : Basis
-        Of order 1.
+        Of order N.
     weights : ndarray, shape (q, P)
         Of contrasts that the design can estimate, linearly independent.
-    rho : ndarray, shape (1, ...)
-    correction : Correction
-        Says between which coefficients the estimated one is to be seen.
+    rho : ndarray, shape (N, ...)
+    uncertainty : Correction or Frequencies
+        Of the coefficients: the table for N = 1, what the design leaves of each frequency for more.
     dof : float
         Residual degrees of freedom.
 
@@ -268,20 +273,56 @@ def effective_dof(basis: Basis, weights: Floats, rho: Floats, correction: Correc
 
     Notes
     -----
-    The variance of a contrast is estimated with the variance of sigma2, relative 2 / dof, and with that of the coefficient,
+    The variance of a contrast is estimated with the variance of sigma2, relative 2 / dof, and with that of the coefficients,
     so that its degrees of freedom are, by Satterthwaite (1946, Biometrics Bulletin 2:110-114),
 
-    .. math::
-        \nu = \frac{2}{2 / dof + \delta^2}, \qquad
-        \delta = \frac{1}{2q} \log \frac{|C(\rho_+)|}{|C(\rho_-)|} + \frac{1}{2} \log \frac{E s^2(\rho_+)}{E s^2(\rho_-)}
+    .. math:: \nu = 2 / (2 / dof + \delta^2)
 
-    where C is the covariance of the rows in units of sigma2 and :math:`E s^2` the expectation of the latter, at the
-    coefficients one standard deviation above and below (see :mod:`chunkglm.kernels.autocorrelation`).
+    with the variance :math:`\delta^2` that the coefficients give to :math:`f = \log |C(\rho)| / q + \log E s^2(\rho)`, C the
+    covariance of the rows in units of sigma2 and :math:`E s^2` the expectation of the latter. For N = 1,
+    :math:`\delta = (f(\rho_+) - f(\rho_-)) / 2` between the coefficients one standard deviation above and below; for more,
+    :math:`\delta^2 = \nabla f' \Sigma \nabla f` with their covariance :math:`\Sigma` (see
+    :mod:`chunkglm.kernels.autocorrelation` and :mod:`chunkglm.kernels.uncertainty`).
     """
-    lower, upper, residual = spread(rho, correction)
-    above, below = (_log_determinant(contrast_covariance(basis, weights, one)) for one in (upper, lower))
-    delta = (above - below) / (2 * len(weights)) + residual[0]
-    out: Floats = 2 / (2 / dof + delta**2)
+    if isinstance(uncertainty, Correction):
+        lower, upper, residual = spread(rho, uncertainty)
+        above, below = (_log_determinant(contrast_covariance(basis, weights, one)) for one in (upper, lower))
+        variance = ((above - below) / (2 * len(weights)) + residual[0]) ** 2
+    else:
+        flat = rho.reshape(len(rho), -1)
+        variance = np.empty(flat.shape[1])
+        for start in range(0, flat.shape[1], SOLVE_TILE):
+            tile = flat[:, start : start + SOLVE_TILE]
+            covariance, slope = coefficient_covariance(tile, uncertainty)
+            gradient = _log_determinant_slope(basis, weights, tile) / len(weights) + slope
+            variance[start : start + SOLVE_TILE] = np.einsum("iv,vij,jv->v", gradient, covariance, gradient)
+        variance = variance.reshape(rho.shape[1:])
+    out: Floats = 2 / (2 / dof + variance)
+    return out
+
+
+def _log_determinant_slope(basis: Basis, weights: Floats, rho: Floats) -> Floats:
+    """Derivatives (N, V) of log |C (X' V^-1 X)^+ C'| with respect to the coefficients.
+
+    With M = Q'V^-1 Q and X = M^-1 C', that of the covariance C X is -X' dM X, and M is linear in the features of V^-1.
+    """
+    rotated = weights @ basis.to_beta
+    (q, r), V = rotated.shape, rho.shape[1]
+    below = np.broadcast_to(rotated[:, :, None], (q, r, V))
+    factor = factorise(np.concatenate([normal_matrix(basis, make_precision(basis, rho)), below]))
+    X = np.stack([substitute_back(factor, row) for row in factor[r:]])
+    inverse = invert(np.einsum("irv,jrv->ijv", factor[r:], factor[r:]))
+    out = np.empty_like(rho)
+    for i in range(len(rho)):
+        step = np.zeros((len(rho), 1))
+        step[i] = DIFFERENCE
+        ahead, behind = make_precision(basis, rho + step), make_precision(basis, rho - step)
+        change = Precision(
+            (ahead.diagonals - behind.diagonals) / (2 * DIFFERENCE),
+            [(one - other) / (2 * DIFFERENCE) for one, other in zip(ahead.edges, behind.edges, strict=True)],
+        )
+        dM_X = np.einsum("rsv,jsv->jrv", normal_matrix(basis, change), X)
+        out[i] = -np.einsum("ijv,irv,jrv->v", inverse, X, dM_X, optimize=["einsum_path", (1, 2), (0, 1)])
     return out
 
 

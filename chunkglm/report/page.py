@@ -233,12 +233,13 @@ def _noise(provenance: Mapping[str, Any]) -> str:
         )
     if asked == "ols":
         return "Noise is white (ordinary least squares)."
-    how = (
-        "with coefficients in steps of .01, not corrected"
-        if compat
-        else "with each voxel's own coefficients, corrected for the bias that the design leaves"
+    model = f"Noise is autoregressive of order {asked.removeprefix('ar')}, with"
+    if compat:
+        return f"{model} coefficients in steps of .01, not corrected."
+    return (
+        f"{model} each voxel's own coefficient{'' if asked == 'ar1' else 's'}, corrected for the bias that the design leaves. "
+        "What is uncertain about them takes degrees of freedom from the contrasts."
     )
-    return f"Noise is autoregressive of order {asked.removeprefix('ar')}, {how}."
 
 
 def _censored(provenance: Mapping[str, Any]) -> str:
@@ -336,10 +337,10 @@ def _made(results: Results) -> dict[str, Any]:
     provenance = results.provenance
     inputs = []
     for run in provenance["runs"]:
-        inputs.append({"what": f"run {run['label']}", "path": run["path"], "sha256": run["sha256"]})
-        inputs.append(
-            {"what": f"design {run['label']}", "path": run["design"], "sha256": run["design_sha256"]}
-        )
+        for what, key in (("run", ""), ("design", "design"), ("sample mask", "sample_mask")):
+            path, sha256 = run[key or "path"], run[f"{key}_sha256".removeprefix("_")]
+            if sha256 is not None:
+                inputs.append({"what": f"{what} {run['label']}", "path": path, "sha256": sha256})
     if provenance["mask"]:
         inputs.append({"what": "mask", **provenance["mask"]})
     memory = provenance["peak_memory_bytes"]
