@@ -149,7 +149,8 @@ def fit(
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
         chosen = order
         if chosen is None:
-            largest, _ = _model_of(label, X, kept, LARGEST_AUTO_ORDER, scaling=signal_scaling, compat=None)
+            highest = int(np.clip(kept.sum() - X.shape[1] - 1, 0, LARGEST_AUTO_ORDER))
+            largest, _ = _model_of(label, X, kept, highest, scaling=signal_scaling, compat=None)
             chosen = _best_order(run, run_mask, largest)
         model, dof = _model_of(label, X, kept, chosen, scaling=signal_scaling, compat=compat)
         columns = _columns(design, regressors)

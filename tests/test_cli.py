@@ -358,6 +358,7 @@ def test_steps__f_contrasts_go_from_fit_to_maps(censored, tmp_path, capsys):
         assert effect.shape == (*SHAPE, q)
         assert np.isfinite(effect.get_fdata()).all()
         assert (tmp_path / "maps" / f"contrast-{name}_stat-F_statmap.nii.gz").is_file()
+    capsys.readouterr()
     mixed = [*names, "--contrast", "t=SSt"]
     err = fails(capsys, "contrast", output / "fit.zarr", *mixed, "--output", tmp_path / "m.zarr")
     assert "calls of their own" in err

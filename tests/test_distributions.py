@@ -19,7 +19,10 @@ SIZES = [1e-12, 9e-8, 1.1e-7, 1e-4, 0.03, 0.4, 0.999, 1.0, 1.7, 3.1, 6.0, 12.0, 
 
 F_STATS = [1e-300, 1e-120, 1e-40, 1e-12, 1e-5, 0.003, 0.05, 0.3, 0.8, 0.97]
 F_STATS += [1.02, 1.2, 1.6, 2, 4, 9, 25, 40, 60, 150, 400, 1300, 1e4, 1e9, 1e40, 1e120, 1e300]
-F_DOFS = [1.0, 3.5, 20.0, 184.0, 5000.0, 9998.0, 1e6, 1e17, np.inf]
+F_DOFS = [1.0, 3.5, 20.0, 184.0, 5000.0, 9998.0, 1e6, 1e12, 1e17, np.inf]
+
+Z_OF_UNDERFLOW = 30.20559417957964
+"""Where the tail probability is 1e-200."""
 
 dofs = st.floats(0.5, 1e7)
 rows = st.integers(1, 50)
@@ -258,19 +261,35 @@ def test_f_z_and_p__agree_with_mpmath(q, dof):
     assert max(compared) > (25 if dof == 1 else 35)
 
 
+@pytest.mark.parametrize(
+    ("stat", "q", "dof"),
+    [
+        (21.5, 79, 5000.0),
+        (27.0, 60, 5000.0),
+        (4.4, 500, 1e6),
+        (3.72, 1000, 5000.0),
+        (3.04, 1000, 1e6),
+    ],
+)
+def test_f_p__where_factors_of_it_underflow(stat, q, dof):
+    with mp.workdps(40):
+        right = exact_f_tails(stat, q, dof)[1]
+        assert 1e-300 < right < 1e-200
+        assert float(abs(f_p_value(stat, q, dof) / right - 1)) < 2e-10
+
+
 def test_f_z__both_sides_of_each_change_of_method_meet():
     for q in (1, 2, 4, 7, 30):
         for dof in (2.0, 4.5, 184.0, 5000.0, 1e6, np.inf):
-            switches = [1e-100, 1.0]
-            for low, high in ((1e-99, 1.0), (1.0, 1e100)):
-                bounds = [low, high]
-                tail_of = (
-                    (lambda f: f_p_value(1 / f, dof, q)) if high == 1.0 else (lambda f: f_p_value(f, q, dof))
-                )
-                for _ in range(400):
-                    middle = np.sqrt(bounds[0] * bounds[1])
-                    bounds[(tail_of(middle) < 1e-200) == (high > 1)] = middle
-                switches.append(bounds[1])
+            switches = [1e-100, 1.0, 1e100]
+            for z_of_underflow in (-Z_OF_UNDERFLOW, Z_OF_UNDERFLOW):
+                low, high = 1e-100, 1e100
+                for _ in range(100):
+                    middle = np.sqrt(low * high)
+                    low, high = (
+                        (low, middle) if f_z_score(middle, q, dof) >= z_of_underflow else (middle, high)
+                    )
+                switches.append(high)
             for switch in switches:
                 stat = switch * (1 + np.linspace(-1e-9, 1e-9, 41))
                 z = f_z_score(stat, q, dof)
@@ -284,12 +303,12 @@ def test_f_z__both_sides_of_each_change_of_method_meet():
 
 
 @pytest.mark.parametrize("q", [4, 8, 12, 36])
-def test_f_p__of_whole_halves_keeps_its_digits(q):
+def test_f_z__of_whole_halves_keeps_its_digits(q):
     """Where both halves are whole, scipy sums binomials with an error in proportion to the dof."""
-    stat = np.linspace(0.5, 5, 20)
+    stat = np.linspace(0.1, 5, 50)
     for dof in (5000.0, 1e6, 1e9):
-        between = (f_p_value(stat, q, dof * (1 - 1e-9)) + f_p_value(stat, q, dof * (1 + 1e-9))) / 2
-        np.testing.assert_allclose(f_p_value(stat, q, dof), between, rtol=2e-12)
+        around = (f_z_score(stat, q, dof * (1 - 1e-9)) + f_z_score(stat, q, dof * (1 + 1e-9))) / 2
+        np.testing.assert_allclose(f_z_score(stat, q, dof), around, rtol=1e-12, atol=1e-12)
 
 
 @given(sizes, dofs)
@@ -394,5 +413,5 @@ def test_f_clipped_z__agrees_with_the_exact_one_until_it_stops():
     stat = np.concatenate([np.geomspace(1e-20, 0.5, 50), np.linspace(1.1, 100, 50)])
     for q in (1, 3, 5):
         np.testing.assert_allclose(f_z_score_clipped(stat, q, 300.0), f_z_score(stat, q, 300.0), rtol=1e-10)
-    assert f_z_score(1e4, 3, 300.0) > 40 > float(f_z_score_clipped(1e4, 3, 300.0))
+    assert f_z_score(1e5, 3, 300.0) > 40 > float(f_z_score_clipped(1e5, 3, 300.0))
     assert f_z_score(1e-250, 3, 300.0) < -40 < float(f_z_score_clipped(1e-250, 3, 300.0))

@@ -518,8 +518,15 @@ def test_make_frequencies__is_what_a_design_leaves_of_each():
         for f in (0, 7, 33, 59):
             wave = np.exp(1j * np.pi * (f + 0.5) / 60 * np.arange(60))
             assert got.left[f] == pytest.approx(np.vdot(wave, R @ wave).real / 60, abs=1e-12)
-        pairs = [(mask[k:] & mask[:-k]).sum() / (60 - k) for k in (1, 2)]
-        np.testing.assert_allclose(got.paired, np.array(pairs) / mask.mean())
+        # With the slope of the formula at white noise they give that of the expectations.
+        G = ac.lag_expectations(basis)
+        h, c = got.left / got.left.sum(), got.cosine
+        for lag in range(2):
+            step = np.zeros((2, 1))
+            step[lag] = 1e-5
+            rise = (ac._expected(ac.durbin(step), G) - ac._expected(ac.durbin(-step), G))[lag, 0] / 2e-5
+            formula = 2 * (c[lag] ** 2 @ h - (c[lag] @ h) ** 2)
+            assert got.exact[lag] * formula == pytest.approx(rise, rel=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("drift", 0.1), ("slow regressors too", 0.3)])

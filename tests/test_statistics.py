@@ -241,6 +241,12 @@ def test_fit__auto_of_an_empty_mask_is_nan(volume, make_design):
     assert np.isnan(fit["sigma2"]).all()
 
 
+def test_fit__auto_of_few_volumes_looks_at_fewer_orders(volume, make_design):
+    fit = cg.fit(volume(noisy(10)), make_design(10), noise_model="auto").compute()
+    assert fit["order"].item() <= 3
+    assert np.isfinite(fit["sigma2"]).all()
+
+
 def test_fit__says_where_no_coefficient_explains_the_residuals(volume, make_design):
     bold = noisy()
     bold[:, 0] = 300 + np.cumsum(np.random.default_rng(1).standard_normal((60, 4, 5)), axis=0)

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from scipy.fft import fft
 
+from chunkglm.kernels.autocorrelation import lag_expectations
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -44,14 +46,14 @@ class Frequencies(NamedTuple):
         h, at the frequencies pi (f + 1/2) / T.
     cosine, sine : ndarray, shape (N, T)
         Of the lags 1 to N.
-    paired : ndarray, shape (N,)
-        Part of the kept volumes that have a kept volume at each lag, as part of what it is without gaps.
+    exact : ndarray, shape (N,)
+        The exact slope of each lag at white noise, as part of that of the formula: fewer pairs of volumes across gaps.
     """
 
     left: Floats
     cosine: Floats
     sine: Floats
-    paired: Floats
+    exact: Floats
 
 
 def make_frequencies(basis: Basis) -> Frequencies:
@@ -66,13 +68,15 @@ def make_frequencies(basis: Basis) -> Frequencies:
     -------
     Frequencies
     """
-    n, N, r = len(basis.kept), basis.order, basis.rank
+    n, N, r = basis.rows.shape[1], basis.order, basis.rank
     half = np.exp(-0.5j * np.pi * np.arange(n) / n)
     power = (np.abs(fft(basis.rows[:r] * half, 2 * n)[:, :n]) ** 2).sum(axis=0)
     angle = np.multiply.outer(np.arange(1, N + 1), np.pi * (np.arange(n) + 0.5) / n)
-    pairs = basis.totals[len(basis.totals) - N :] / 2
-    paired = pairs / (n - np.arange(1, N + 1)) * n / basis.n_kept
-    return Frequencies((basis.n_kept - power) / n, np.cos(angle), np.sin(angle), paired)
+    left, cosine = (basis.n_kept - power) / n, np.cos(angle)
+    G = lag_expectations(basis)
+    exact = (np.diagonal(G)[1:] - G[1:, 0] / G[0, 0] * G[0, 1 : N + 1]) / G[0, 0]
+    formula = 2 * (cosine**2 @ left / left.sum() - (cosine @ left / left.sum()) ** 2)
+    return Frequencies(left, cosine, np.sin(angle), exact / formula)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -91,7 +95,7 @@ def coefficient_covariance(rho: Floats, frequencies: Frequencies) -> tuple[Float
     slope : ndarray, shape (N, V)
         Derivative of the logarithm of the expected residual variance with respect to the coefficients that are used.
     """
-    h, cosine, sine, paired = frequencies
+    h, cosine, sine, exact = frequencies
     real, imaginary = 1 - cosine.T @ rho, sine.T @ rho
     S = 1 / (real**2 + imaginary**2)
     # (lag, frequency, voxel)
@@ -99,7 +103,7 @@ def coefficient_covariance(rho: Floats, frequencies: Frequencies) -> tuple[Float
     hS = h[:, None] * S
     total = hS.sum(axis=0)
     centred = cosine[:, :, None] - (cosine @ hS / total)[:, None]
-    J = np.einsum("lfv,ifv->vli", centred * hS, of_log_S) / total[:, None, None] * paired[:, None]
+    J = np.einsum("lfv,ifv->vli", centred * hS, of_log_S) / total[:, None, None] * exact[:, None]
     weighted = centred * hS
     C = 2 * np.einsum("lfv,mfv->vlm", weighted, weighted) / (total**2)[:, None, None]
     slope = -np.einsum("f,ifv->iv", h, of_log_S) / h.sum()
