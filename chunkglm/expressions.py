@@ -374,12 +374,13 @@ class _Parser:
 
     def _product(self, left: _Linear, right: _Linear) -> _Linear:
         if left.weights and right.weights:
-            raise _refusal(self.text, "multiplies regressors with each other, which is not linear")
+            factors = f"{listed(list(left.weights))} by {listed(list(right.weights))}"
+            raise _refusal(self.text, f"multiplies {factors}, which is not linear")
         return right.times(left.constant) if right.weights else left.times(right.constant)
 
     def _quotient(self, left: _Linear, right: _Linear) -> _Linear:
         if right.weights:
-            raise _refusal(self.text, "divides by a regressor, which is not linear")
+            raise _refusal(self.text, f"divides by {listed(list(right.weights))}, which is not linear")
         if right.constant == 0:
             raise _refusal(self.text, "divides by zero")
         return left.times(1 / right.constant)
