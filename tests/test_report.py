@@ -302,11 +302,14 @@ def test_report__refuses_what_is_no_finished_job(tmp_path, results, capsys):
     assert call("report", tmp_path) == 1
     assert "not the folder of a finished job" in capsys.readouterr().err
     shutil.copytree(results, tmp_path / "old")
-    told = json.loads((results / "provenance.json").read_text())
-    del told["pictures"]
-    (tmp_path / "old" / "provenance.json").write_text(json.dumps(told))
-    assert call("report", tmp_path / "old") == 1
-    assert "run the job again" in capsys.readouterr().err
+    for lost, whose in (("pictures", None), ("noise_model", "runs")):
+        told = json.loads((results / "provenance.json").read_text())
+        del (told if whose is None else told[whose][1])[lost]
+        (tmp_path / "old" / "provenance.json").write_text(json.dumps(told))
+        assert call("report", tmp_path / "old") == 1
+        err = capsys.readouterr().err
+        assert lost in err
+        assert "run the job again" in err
 
 
 def test_run__a_file_name_that_is_no_text_does_no_harm(data, tmp_path):

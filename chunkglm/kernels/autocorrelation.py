@@ -59,6 +59,9 @@ TOLERANCE = 1e-8
 MAX_STEPS = 20
 """Steps after which solving the equations ends, and the least squared error is looked for, in twice as many."""
 
+SOLVE_TILE = 1024
+"""Voxels that are solved for at a time: their autocorrelations at all lags stay in the cache."""
+
 DECIMALS = 3
 """Where there is no solution, partial autocorrelations of the least squared error are given to this: a minimum is found
 less precisely than a root, and rounding must not depend on which voxels are fitted together."""
@@ -328,12 +331,15 @@ def solve_lags(observed: Floats, G: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """
     rho, solved = np.full(observed.shape, np.nan), np.zeros(observed.shape[1], dtype=bool)
     finite = np.flatnonzero(np.isfinite(observed).all(axis=0))
-    rho[:, finite], error = _broyden(observed[:, finite], G)
-    solved[finite] = error < TOLERANCE
-    left = finite[~solved[finite]]
-    if left.size:
-        rho[:, left], error = _least_squares(observed[:, left], G)
-        solved[left] = error < TOLERANCE
+    for start in range(0, finite.size, SOLVE_TILE):
+        some = finite[start : start + SOLVE_TILE]
+        rho[:, some], error = _broyden(observed[:, some], G)
+        solved[some] = error < TOLERANCE
+    rest = finite[~solved[finite]]
+    for start in range(0, rest.size, SOLVE_TILE):
+        some = rest[start : start + SOLVE_TILE]
+        rho[:, some], error = _least_squares(observed[:, some], G)
+        solved[some] = error < TOLERANCE
     return rho, solved
 
 

@@ -414,15 +414,15 @@ def gain_and_offset(mean: Floats, model: Model, run_mean: float) -> tuple[Floats
 
 
 @quiet
-def estimate_noise(signal: Signal, model: Model) -> tuple[Floats, NDArray[np.bool_]]:
+def estimate_noise(observed: Floats, model: Model) -> tuple[Floats, NDArray[np.bool_]]:
     """Estimate the autoregressive coefficients of each voxel, (N, V), and tell where they are at their bounds, (V,).
 
     Parameters
     ----------
-    signal : Signal
+    observed : ndarray, shape (N, V)
+        Autocorrelations of the residuals.
     model : Model
     """
-    observed = residual_autocorrelation(signal, model.basis)
     if model.reference_rules:
         observed = binned(observed, model.basis.n_kept)
     if model.correction is None:
@@ -459,17 +459,20 @@ def fit_voxels(
     basis = model.basis
     V = len(voxels)
     sums = accumulate(blocks, basis, voxels, finite=model.reference_rules)
-    beta, sigma2, rho = np.empty((len(basis.to_beta), V)), np.empty(V), np.empty((basis.order, V))
-    at_limit = np.zeros(V, dtype=bool)
+    beta, sigma2, observed = np.empty((len(basis.to_beta), V)), np.empty(V), np.empty((basis.order, V))
+    tiles = [(start, slice(start, start + VOXEL_TILE)) for start in range(0, V, VOXEL_TILE)]
+    if basis.order:
+        for start, tile in tiles:
+            signal, _ = _scaled(sums.tile(start), model, run_mean)
+            observed[:, tile] = residual_autocorrelation(signal, basis)
+    # Of all voxels together: the few that need more steps than others would cost every tile these steps.
+    rho, at_limit = estimate_noise(observed, model)
     n_unscaled = 0
-    for start in range(0, V, VOXEL_TILE):
+    for start, tile in tiles:
         # In tiles, because solving needs several times the memory of the sums.
-        tile = slice(start, start + VOXEL_TILE)
         signal, lost = _scaled(sums.tile(start), model, run_mean)
-        n_unscaled += lost
-        if basis.order:
-            rho[:, tile], at_limit[tile] = estimate_noise(signal, model)
         beta[:, tile], sigma2[tile] = fit_at(signal, basis, rho[:, tile], model.dof)
+        n_unscaled += lost
     return Estimates(beta, sigma2, rho, at_limit, n_unscaled)
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 REPORT, PICTURES = "report.html", "pictures"
 
+OF_RUN = frozenset({"noise_model", "volumes_kept", "sample_mask", "voxels_at_ar_limit"})
+"""What earlier versions did not tell of a run."""
+
 SCALING = {
     "voxel": "The signal is in percent of each voxel's mean.",
     "run": "The signal is in percent of the run's mean.",
@@ -124,6 +127,7 @@ def _provenance_of(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
         missing = {"pictures", "peaks", "options", "runs"} - set(found)
+        missing |= {name for run in found.get("runs", []) for name in OF_RUN - set(run)}
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"{folder} is not the folder of a finished job: {error}. Give the --output of chunkglm run, after it has ended."
