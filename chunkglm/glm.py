@@ -149,7 +149,7 @@ def fit(
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
         chosen = order
         if chosen is None:
-            highest = int(np.clip(kept.sum() - X.shape[1] - 1, 0, LARGEST_AUTO_ORDER))
+            highest = _highest_order(kept, X.shape[1])
             largest, _ = _model_of(label, X, kept, highest, scaling=signal_scaling, compat=None)
             chosen = _best_order(run, run_mask, largest)
         model, dof = _model_of(label, X, kept, chosen, scaling=signal_scaling, compat=compat)
@@ -449,6 +449,13 @@ def _model_of(
     return model, len(used) - (by_reference if reference_rules else basis.rank)
 
 
+def _highest_order(kept: NDArray[np.bool_], n_regressors: int) -> int:
+    """The largest order that ``"auto"`` looks at: one that degrees of freedom and pairs of kept volumes allow."""
+    allowed = int(np.clip(kept.sum() - n_regressors - 1, 0, LARGEST_AUTO_ORDER))
+    lags = range(1, allowed + 1)
+    return next((lag - 1 for lag in lags if not (kept[lag:] & kept[:-lag]).any()), allowed)
+
+
 def _check_design(X: NDArray[np.float64], basis: Basis, label: str, *, reference_rules: bool) -> None:
     T, P = X.shape
     if basis.rank >= T or (reference_rules and P >= T):
@@ -460,6 +467,13 @@ def _check_design(X: NDArray[np.float64], basis: Basis, label: str, *, reference
         raise DesignError(
             f"Noise of order {basis.order} cannot be estimated in run {label}, whose design leaves {T - basis.rank} degrees of "
             "freedom. Use a smaller order, fewer regressors, or more volumes."
+        )
+    pairs = basis.totals[len(basis.totals) - basis.order :]
+    if not pairs.all():
+        lag = int(np.flatnonzero(pairs == 0)[0]) + 1
+        raise DesignError(
+            f"In run {label} no two volumes that are kept are {lag} apart, so that noise of order {basis.order} cannot be "
+            "estimated. Keep more volumes, or use a smaller order or noise_model='ols'."
         )
     if basis.rank == 0:
         raise DesignError(

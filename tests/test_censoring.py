@@ -205,6 +205,19 @@ def test_fit__refuses_a_run_of_which_too_little_is_kept(volume, make_design):
         cg.fit(volume(noisy()), make_design(50), sample_masks=[np.arange(6)])
 
 
+def test_fit__needs_pairs_of_kept_volumes_for_every_lag(volume, make_design):
+    run, design = volume(noisy()), make_design(50)
+    every_other, pairs = np.arange(0, 50, 2), np.flatnonzero(np.arange(50) % 4 < 2)
+    with pytest.raises(DesignError, match="no two volumes that are kept are 1 apart.*order 1 cannot be"):
+        cg.fit(run, design, sample_masks=[every_other])
+    with pytest.raises(DesignError, match="are 2 apart.*order 3 cannot be"):
+        cg.fit(run, design, sample_masks=[pairs], noise_model="ar3")
+    for masks, most in ((every_other, 0), (pairs, 1)):
+        fit = cg.fit(run, design, sample_masks=[masks], noise_model="auto").compute()
+        assert fit["order"].item() <= most
+        assert np.isfinite(cg.contrast(fit, "face")["stat"]).all()
+
+
 def test_read_sample_mask__flags_and_numbers(tmp_path):
     path = tmp_path / "mask.txt"
     path.write_text("1\n0\n1\n1\n")

@@ -569,6 +569,15 @@ def test_coefficient_covariance__stays_finite_next_to_the_bounds_and_nan_stays_n
         assert (values <= 1 / 3 + 1e-9).all()
 
 
+@pytest.mark.parametrize("order", [2, 4, 6])
+def test_coefficient_covariance__of_noise_at_its_bounds_is_no_singular_matrix(order):
+    frequencies = un.make_frequencies(make_basis(design(60, 4), order=order))
+    partial = np.random.default_rng(order).choice([-0.99, 0.0, 0.5, 0.99], (order, 3000))
+    covariance, _ = un.coefficient_covariance(ac.of_partial(partial).rho, frequencies)
+    assert (np.linalg.eigvalsh(covariance) > -1e-9).all()
+    assert (np.diagonal(covariance, axis1=1, axis2=2) >= 0).all()
+
+
 @pytest.mark.parametrize("kept", [None, 0.75])
 @pytest.mark.parametrize("q", [1, 3])
 def test_effective_dof__of_higher_orders_is_the_formula(q, kept):

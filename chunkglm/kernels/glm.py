@@ -521,11 +521,12 @@ def information_criteria(
     basis = model.basis
     n, N = basis.n_kept, basis.order
     sums = accumulate(blocks, basis, voxels)
+    inverse = np.linalg.pinv(G[:, : N + 1])
     out = np.empty((N + 1, len(voxels)))
     for start in range(0, len(voxels), VOXEL_TILE):
         signal, _ = _scaled(sums.tile(start), model, run_mean)
         observed = residual_autocorrelation(signal, basis)
-        lags = np.linalg.solve(G[:, : N + 1], np.concatenate([np.ones((1, observed.shape[1])), observed]))
+        lags = inverse @ np.concatenate([np.ones((1, observed.shape[1])), observed])
         left = durbin(lags[1:] / lags[0]).left
         penalty = np.log(n) * np.arange(N + 1)
         out[:, start : start + VOXEL_TILE] = n * np.log(left) + penalty[:, None]

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 LEAST_INFORMATION = 3.0
 """Of a coefficient: 1 over the variance of an even distribution between -1 and 1."""
 
+RIDGE = 1e-9
+"""Part of the variance of all observed autocorrelations that is added to each."""
+
 
 class Frequencies(NamedTuple):
     """What a design leaves of each frequency.
@@ -106,10 +109,14 @@ def coefficient_covariance(rho: Floats, frequencies: Frequencies) -> tuple[Float
     J = np.einsum("lfv,ifv->vli", centred * hS, of_log_S) / total[:, None, None] * exact[:, None]
     weighted = centred * hS
     C = 2 * np.einsum("lfv,mfv->vlm", weighted, weighted) / (total**2)[:, None, None]
+    # Where one frequency has all the power, lags say the same, and C is singular.
+    C += RIDGE * np.einsum("vll->v", C)[:, None, None] * np.eye(len(rho))
     slope = -np.einsum("f,ifv->iv", h, of_log_S) / h.sum()
     finite = np.isfinite(C).all(axis=(1, 2)) & np.isfinite(J).all(axis=(1, 2))
     unit = np.eye(len(rho))
     C, J = (np.where(finite[:, None, None], values, unit) for values in (C, J))
-    information = np.einsum("vli,vlj->vij", J, np.linalg.solve(C, J)) + LEAST_INFORMATION * unit
+    # By factors, so that it is positive definite whatever is rounded.
+    scaled = np.linalg.solve(np.linalg.cholesky(C), J)
+    information = np.einsum("vli,vlj->vij", scaled, scaled) + LEAST_INFORMATION * unit
     covariance = np.where(finite[:, None, None], np.linalg.inv(information), np.nan)
     return covariance, slope
