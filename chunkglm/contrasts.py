@@ -107,7 +107,7 @@ def contrast(
         tested.append(_contrast(parts, test))  # noqa: PERF401
     n_rows = max(len(test.rows.names) for test in tests)
     ds = xr.concat(
-        [_filled_up(one, n_rows).drop_attrs(deep=False) for one in tested],
+        [filled_up(one, n_rows).drop_attrs(deep=False) for one in tested],
         dim="contrast",
         data_vars="all",
         coords="different",
@@ -380,8 +380,8 @@ def _contrast(parts: _Parts, test: _Test) -> xr.Dataset:
     return add_statistics(ds)
 
 
-def _filled_up(ds: xr.Dataset, n_rows: int) -> xr.Dataset:
-    """An F contrast with as many rows as the longest, of NaN."""
+def filled_up(ds: xr.Dataset, n_rows: int) -> xr.Dataset:
+    """Give an F contrast as many rows as the longest of several has, of NaN."""
     if ds.sizes.get("row", n_rows) == n_rows:
         return ds
     numbers = np.arange(1, n_rows + 1)

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from chunkglm.blocks import map_rows, stack
-from chunkglm.contrasts import add_statistics
+from chunkglm.contrasts import add_statistics, filled_up
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.kernels.combine import combine_rows, combine_runs
 from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
@@ -134,10 +134,13 @@ def _combine_rows(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: b
             )
             for number in range(contrasts.sizes["contrast"])
         ]
-        numbers = np.arange(1, contrasts.sizes["row"] + 1)
-        filled = [one.reindex(row=numbers, row_=numbers, fill_value={"row_name": ""}) for one in parts]
         return xr.concat(
-            filled, dim="contrast", data_vars="all", coords="different", compat="equals", join="exact"
+            [filled_up(one, contrasts.sizes["row"]) for one in parts],
+            dim="contrast",
+            data_vars="all",
+            coords="different",
+            compat="equals",
+            join="exact",
         )
     q = int(contrasts["n_rows"]) if "n_rows" in contrasts else contrasts.sizes["row"]
     contrasts = contrasts.isel(row=slice(q), row_=slice(q))

@@ -33,6 +33,7 @@ from numpy.polynomial.polynomial import polyval
 from scipy.fft import irfft, rfft
 from scipy.signal import lfilter
 
+from chunkglm.kernels.basis import shift_both
 from chunkglm.kernels.precision import make_precision, normal_matrix
 
 if TYPE_CHECKING:
@@ -260,7 +261,7 @@ def _deviation(basis: Basis, rho: Floats, expected: Floats) -> Floats:
         M[:r, r:] = M[r:, :r] = -np.eye(r)
         MP = M @ (Z.T @ VZ)
         A_VZ = kept[:, None] * VZ
-        A_VZ = kept[:, None] * (_neighbours(A_VZ) / 2 - g * A_VZ)
+        A_VZ = kept[:, None] * (shift_both(A_VZ, 1) / 2 - g * A_VZ)
         trace = alone + 2 * np.sum(M * (VZ.T @ A_VZ).T) + np.sum(MP * MP.T)
         out[number] = np.sqrt(max(2 * trace, 0.0))
     deviation: Floats = out / total
@@ -297,14 +298,6 @@ def _correlate(c: float, Z: Floats) -> Floats:
     """V Z with V_ij = c^|i - j|: a filter forwards and one backwards."""
     forwards = lfilter([1.0], [1.0, -c], Z, axis=0)
     out: Floats = forwards + lfilter([1.0], [1.0, -c], Z[::-1], axis=0)[::-1] - Z
-    return out
-
-
-def _neighbours(Z: Floats) -> Floats:
-    """(S + S') Z."""
-    out = np.zeros_like(Z)
-    out[1:] += Z[:-1]
-    out[:-1] += Z[1:]
     return out
 
 

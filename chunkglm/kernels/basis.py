@@ -133,7 +133,7 @@ def make_basis(design: Floats, kept: NDArray[np.bool_] | None = None, *, order: 
     Q = np.zeros((len(design), rank))
     Q[kept] = U[:, :rank]
     if order:
-        cross = Q.T @ _shift_both(Q, 1)
+        cross = Q.T @ shift_both(Q, 1)
         _, R = np.linalg.eigh((cross + cross.T) / 2)
         Q, to_beta = Q @ R, to_beta @ R
     indicator = kept.astype(np.float64)
@@ -141,14 +141,14 @@ def make_basis(design: Floats, kept: NDArray[np.bool_] | None = None, *, order: 
     rows = np.vstack(
         [
             Q.T,
-            *(_shift_both(Q, k).T for k in lags),
+            *(shift_both(Q, k).T for k in lags),
             indicator,
-            *(_shift_both(indicator[:, None], k).T for k in lags),
+            *(shift_both(indicator[:, None], k).T for k in lags),
         ]
     )
     rows[:, ~kept] = 0
     unfitted = indicator - Q @ (Q.T @ indicator)
-    cross = np.array([Q.T @ _shift_both(Q, k) for k in lags]).reshape(order, rank, rank)
+    cross = np.array([Q.T @ shift_both(Q, k) for k in lags]).reshape(order, rank, rank)
     cross = (cross + cross.transpose(0, 2, 1)) / 2
     near, edges = _edges(kept, order)
     return Basis(
@@ -165,8 +165,8 @@ def make_basis(design: Floats, kept: NDArray[np.bool_] | None = None, *, order: 
     )
 
 
-def _shift_both(Z: Floats, lag: int) -> Floats:
-    """(S^lag + S'^lag) Z."""
+def shift_both(Z: Floats, lag: int) -> Floats:
+    """Add the rows before and behind: (S^lag + S'^lag) Z."""
     out = np.zeros_like(Z)
     out[lag:] += Z[:-lag]
     out[:-lag] += Z[lag:]

@@ -204,11 +204,15 @@ def contrast_covariance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
     else:
         out = np.empty((q, q, flat.shape[1]))
         for start in range(0, flat.shape[1], SOLVE_TILE):
-            M = normal_matrix(basis, make_precision(basis, flat[:, start : start + SOLVE_TILE]))
-            below = np.broadcast_to(rotated[:, :, None], (q, r, M.shape[-1]))
-            factor = factorise(np.concatenate([M, below]))[r:]
+            factor = _factor_of(basis, rotated, flat[:, start : start + SOLVE_TILE])[r:]
             out[..., start : start + SOLVE_TILE] = np.einsum("irv,jrv->ijv", factor, factor)
     return out.reshape(q, q, *rho.shape[1:])
+
+
+def _factor_of(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
+    """The factor L of Q' V^-1 Q, with rows C L'^-1 below it, (r + q, r, V); C (q, r) in the coordinates of Q."""
+    below = np.broadcast_to(rotated[:, :, None], (*rotated.shape, rho.shape[1]))
+    return factorise(np.concatenate([normal_matrix(basis, make_precision(basis, rho)), below]))
 
 
 def _covariance_ar1(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
@@ -306,10 +310,8 @@ def _log_determinant_slope(basis: Basis, weights: Floats, rho: Floats) -> Floats
 
     With M = Q'V^-1 Q and X = M^-1 C', that of the covariance C X is -X' dM X, and M is linear in the features of V^-1.
     """
-    rotated = weights @ basis.to_beta
-    (q, r), V = rotated.shape, rho.shape[1]
-    below = np.broadcast_to(rotated[:, :, None], (q, r, V))
-    factor = factorise(np.concatenate([normal_matrix(basis, make_precision(basis, rho)), below]))
+    r = basis.rank
+    factor = _factor_of(basis, weights @ basis.to_beta, rho)
     X = np.stack([substitute_back(factor, row) for row in factor[r:]])
     inverse = invert(np.einsum("irv,jrv->ijv", factor[r:], factor[r:]))
     out = np.empty_like(rho)

@@ -115,8 +115,11 @@ def coefficient_covariance(rho: Floats, frequencies: Frequencies) -> tuple[Float
     finite = np.isfinite(C).all(axis=(1, 2)) & np.isfinite(J).all(axis=(1, 2))
     unit = np.eye(len(rho))
     C, J = (np.where(finite[:, None, None], values, unit) for values in (C, J))
-    # By factors, so that it is positive definite whatever is rounded.
-    scaled = np.linalg.solve(np.linalg.cholesky(C), J)
-    information = np.einsum("vli,vlj->vij", scaled, scaled) + LEAST_INFORMATION * unit
-    covariance = np.where(finite[:, None, None], np.linalg.inv(information), np.nan)
+    information = np.einsum("vli,vlj->vij", J, np.linalg.solve(C, J))
+    values, vectors = np.linalg.eigh(information)
+    # What rounding makes of an eigenvalue next to 0 is not to make a variance negative.
+    covariance = np.einsum(
+        "vik,vk,vjk->vij", vectors, 1 / (np.maximum(values, 0) + LEAST_INFORMATION), vectors
+    )
+    covariance = np.where(finite[:, None, None], covariance, np.nan)
     return covariance, slope
