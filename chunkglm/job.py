@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from chunkglm.expressions import Parsed
+
+
+class Models(NamedTuple):
+    """What the runs are fitted with, by label: their designs, and their volumes that are not censored."""
+
+    designs: dict[str, pd.DataFrame]
+    kept: dict[str, np.ndarray[Any, Any]]
 
 
 MANY_AT_LIMIT = 0.01
@@ -117,25 +124,25 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
 def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
     """Everything but the report; the provenance is written last and says that the numbers are complete."""
     started = time.monotonic()
-    designs = _check_inputs(job)
+    models = _check_inputs(job)
     previous = _previous(job.output)
     hashes = (
         [nifti.source_sha256(run) for run in job.runs]
         if previous or (job.output / "runs.zarr").exists()
         else None
     )
-    current = bool(previous and hashes and previous.get("key") == _job_key(job, designs, hashes))
+    current = bool(previous and hashes and previous.get("key") == _job_key(job, models, hashes))
     if previous and current and _is_there(job, previous):
         return Summary(True, previous["outputs"], previous["peaks"], time.monotonic() - started, None)
     _check_output(job, previous, current=current)
     runs = _convert_all(job, hashes, console, quiet=quiet)
     sources = [run.attrs["source_sha256"] for run in runs.values()]
-    with threads(_fit_threads(job, runs, designs)):
-        fitted = _fit_all(job, runs, designs, console, quiet=quiet)
+    with threads(_fit_threads(job, runs, models)):
+        fitted = _fit_all(job, runs, models, console, quiet=quiet)
         _remove_old(job, previous)
         outputs, peaks = _write_all(job, fitted, runs, console, quiet=quiet)
     summary = Summary(False, outputs, peaks, time.monotonic() - started, peak_memory())
-    provenance = _provenance(job, _job_key(job, designs, sources), runs, fitted, summary)
+    provenance = _provenance(job, _job_key(job, models, sources), runs, fitted, summary)
     write_json(job.output / PROVENANCE, provenance)
     _warn_of_limits(provenance["runs"])
     return summary
@@ -196,8 +203,8 @@ def _picture_options(job: Job) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- checking
 
 
-def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
-    """Everything that can be known before the data is read; returns the designs by run label."""
+def _check_inputs(job: Job) -> Models:
+    """Everything that can be known before the data is read."""
     check_options(job.noise_model, job.signal_scaling, job.compat)
     plan.parse_memory(job.memory)
     if not (np.isfinite(job.threshold) and job.threshold >= 0):
@@ -224,7 +231,7 @@ def _check_inputs(job: Job) -> dict[str, pd.DataFrame]:
     kept = _kept(job, designs)
     for name, definition in job.contrasts.items():
         check_contrast(definition, list(designs.values()), list(kept.values()), name)
-    return designs
+    return Models(designs, kept)
 
 
 def sample_mask_of(path: str) -> np.ndarray[Any, Any] | None:
@@ -317,23 +324,23 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fit_key(job: Job, designs: Mapping[str, pd.DataFrame], sources: Sequence[str]) -> str:
+def _fit_key(job: Job, models: Models, sources: Sequence[str]) -> str:
     content = [
         [
             label,
             list(design.columns),
             hashlib.sha256(np.ascontiguousarray(design.to_numpy()).tobytes()).hexdigest(),
         ]
-        for label, design in designs.items()
+        for label, design in models.designs.items()
     ]
     mask = None if job.mask is None else nifti.source_sha256(job.mask)
-    censored = [np.flatnonzero(~kept).tolist() for kept in _kept(job, designs).values()]
+    censored = [np.flatnonzero(~kept).tolist() for kept in models.kept.values()]
     options = [censored, job.t_r, job.smoothing_fwhm, job.noise_model, job.signal_scaling, job.compat]
     return _key([FORMAT_VERSION, NUMERICAL_VERSION, list(sources), mask, content, options])
 
 
-def _job_key(job: Job, designs: Mapping[str, pd.DataFrame], sources: Sequence[str]) -> str:
-    return _key([_fit_key(job, designs, sources), job.contrasts, job.precision_weighted])
+def _job_key(job: Job, models: Models, sources: Sequence[str]) -> str:
+    return _key([_fit_key(job, models, sources), job.contrasts, job.precision_weighted])
 
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -374,16 +381,15 @@ def _is_current(place: Path, job: Job, source_sha256: str) -> bool:
     return bool(np.array_equal(run["mask"].values, nifti.read_mask(job.mask, grids.grid_of(run), str(place))))
 
 
-def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str, pd.DataFrame]) -> int:
+def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], models: Models) -> int:
     """Voxel blocks that fit into the memory at a time."""
-    columns = {name for design in designs.values() for name in design.columns}
+    columns = {name for design in models.designs.values() for name in design.columns}
     order = check_options(job.noise_model, job.signal_scaling, job.compat)
     order = LARGEST_AUTO_ORDER if order is None else order
-    kept = _kept(job, designs)
     per_thread = 0
     for label, run in runs.items():
         sizes = plan.Chunks(*(max(sizes) for sizes in run["bold"].chunks))  # type: ignore[union-attr]
-        n_censored = int((~kept[label]).sum())
+        n_censored = int((~models.kept[label]).sum())
         needed = plan.fit_memory_per_thread(
             sizes, run["bold"].dtype.itemsize, len(columns), order=order, n_censored=n_censored
         )
@@ -394,13 +400,13 @@ def _fit_threads(job: Job, runs: Mapping[str, xr.Dataset], designs: Mapping[str,
 def _fit_all(
     job: Job,
     runs: Mapping[str, xr.Dataset],
-    designs: Mapping[str, pd.DataFrame],
+    models: Models,
     console: Console,
     *,
     quiet: bool,
 ) -> xr.Dataset:
     place = job.output / "fit.zarr"
-    key = _fit_key(job, designs, [run.attrs["source_sha256"] for run in runs.values()])
+    key = _fit_key(job, models, [run.attrs["source_sha256"] for run in runs.values()])
     if place.is_dir():
         existing = stores.open_store(place)
         if existing.attrs.get("key") == key:
@@ -408,10 +414,10 @@ def _fit_all(
         stores.check_free(place, overwrite=job.overwrite)
     lazy = fit(
         dict(runs),
-        dict(designs),
+        models.designs,
         noise_model=job.noise_model,
         signal_scaling=job.signal_scaling,  # type: ignore[arg-type]
-        sample_masks=_kept(job, designs),
+        sample_masks=models.kept,
         compat=job.compat,  # type: ignore[arg-type]
     )
     lazy.attrs["key"] = key
