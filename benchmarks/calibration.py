@@ -95,7 +95,7 @@ def p_values(noise: Floats, weights: Floats, models: dict[str, glm.Model]) -> di
                 if isinstance(model.correction, Correction)
                 else make_frequencies(model.basis)
             )
-            dof = glm.effective_dof(model.basis, weights[None], fit.rho, known, model.dof)
+            (dof,) = glm.effective_dofs(model.basis, [weights[None]], fit.rho, known, model.dof)
         found[name] = 2 * stats.t.sf(np.abs(t), dof)
     return found
 

@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
-from chunkglm.kernels.smoothing import sigma_voxels, smooth_volume
+from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels, smooth_volume
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -111,8 +111,11 @@ def _time(work: Callable[[], Any]) -> float:
 
 
 def _smoothed(data: NDArray[Any], sizes: Sequence[float]) -> NDArray[Any]:
-    sigma = sigma_voxels(5.0, sizes)
-    return np.stack([smooth_volume(volume, sigma) for volume in data]).astype(np.float32)
+    smoother = make_smoother(data.shape[1:], sigma_voxels(5.0, sizes), data.dtype)
+    scratch, out = make_scratch(smoother), np.empty(data.shape, dtype=np.float32)
+    for volume, made in zip(data, out, strict=True):
+        smooth_volume(volume, smoother, scratch, made)
+    return out
 
 
 def main(arguments: list[str]) -> None:

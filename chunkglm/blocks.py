@@ -72,17 +72,22 @@ class _VoxelBlock:
     def __call__(self, *computed: Any) -> Array:
         """Apply the function where the mask is, leave NaN elsewhere."""
         mask = self.mask.make()
-        out = np.full((self.n_rows, *mask.shape), np.nan)
         voxels = np.flatnonzero(mask)
-        if voxels.size:
-            with single_blas_thread():
-                values = self.function(self.time_blocks(), voxels, *self.arguments, *computed)
-            out.reshape(self.n_rows, -1)[:, voxels] = values
-        return out
+        if not voxels.size:
+            return np.full((self.n_rows, *mask.shape), np.nan)
+        with single_blas_thread():
+            return scatter(self.function(self.time_blocks(), voxels, *self.arguments, *computed), mask)
 
     def time_blocks(self) -> Iterator[Array]:
         for recipe in self.signal:
             yield recipe.make()
+
+
+def scatter(values: Array, mask: Array) -> Array:
+    """Put rows (rows, V) of the voxels of a mask into their places, (rows, z, y, x); NaN elsewhere."""
+    out = np.full((len(values), *mask.shape), np.nan)
+    out.reshape(len(values), -1)[:, np.flatnonzero(mask)] = values
+    return out
 
 
 def as_blocks(bold: xr.DataArray) -> xr.DataArray:
@@ -214,6 +219,12 @@ def as_chunked(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
     return array.rechunk({first + axis: sizes for axis, sizes in enumerate(chunks)})
 
 
+def blank(n_rows: int, chunks: tuple[tuple[int, ...], ...]) -> Any:
+    """Rows (n_rows, z, y, x) of NaN, lazily, in the place of what will be computed elsewhere."""
+    shape = n_rows, *(sum(sizes) for sizes in chunks)
+    return da.full(shape, np.nan, chunks=((n_rows,), *chunks))
+
+
 def mean(array: Any) -> Any:
     """Average a dask array over all that is not NaN, lazily; NaN if nothing is left."""
     return da.nanmean(array)
@@ -253,6 +264,9 @@ _blas_limit: _SingleBlasThread | None = None
 
 @cache
 def _blas() -> Any:
+    # scipy has a BLAS of its own, which is found only once it is loaded.
+    import scipy.linalg.blas  # noqa: F401, PLC0415
+
     return ThreadpoolController().select(user_api="blas")
 
 

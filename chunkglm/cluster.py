@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
+KEPT_BYTES = 2**20
+"""Memory that each thread may keep for later."""
+
 SECONDS_BETWEEN_LINES = 10.0
 """Between lines of progress where there is no terminal."""
 
@@ -38,8 +41,8 @@ def return_freed_memory() -> None:
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**20)
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from chunkglm.kernels import distributions
 from chunkglm.kernels.autocorrelation import Correction, make_correction
 from chunkglm.kernels.basis import Basis, make_basis
 from chunkglm.kernels.combine import f_statistic
-from chunkglm.kernels.glm import contrast_covariance, effective_dof, whitener
+from chunkglm.kernels.glm import contrast_covariances, effective_dofs, whitener
 from chunkglm.kernels.uncertainty import Frequencies, make_frequencies
 from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical_json, require, text_labels
 
@@ -87,7 +87,8 @@ def contrast(
         raise InputError(f"There is no stat_type {stat_type!r}; accepted are 't' and 'F'.")
     parts = _take_apart(fit)
     if not isinstance(definition, Mapping):
-        return _contrast(parts, _test(definition, parts, None, stat_type))
+        (ds,) = _contrasts(parts, [_test(definition, parts, None, stat_type)])
+        return ds
     if not definition:
         raise ContrastError(
             "There is no contrast in the mapping. Give at least one name with an expression or weights."
@@ -102,9 +103,7 @@ def contrast(
             f"{', '.join(map(repr, several))} has several rows and other contrasts have one. Ask for t and F contrasts in "
             "calls of their own, or say stat_type='F' for all of them."
         )
-    tested = []
-    for test in tests:
-        tested.append(_contrast(parts, test))  # noqa: PERF401
+    tested = _contrasts(parts, tests)
     n_rows = max(len(test.rows.names) for test in tests)
     ds = xr.concat(
         [filled_up(one, n_rows).drop_attrs(deep=False) for one in tested],
@@ -328,25 +327,46 @@ def _attributes(parts: _Parts, tests: list[_Test]) -> dict[str, Any]:
     }
 
 
-def _contrast(parts: _Parts, test: _Test) -> xr.Dataset:
-    fit, rows = parts.fit, test.rows
-    run_weights = [_weights_of_run(rows, parts.regressors, design) for design in parts.designs]
-    _refuse_if_nowhere(rows, parts.regressors, run_weights, test.title)
-    labels = [str(label) for label in fit["run"].to_numpy()]
+def _contrasts(parts: _Parts, tests: list[_Test]) -> list[xr.Dataset]:
+    """Contrasts of a fit, which share what is read and solved for them."""
+    weights_of = []
+    for test in tests:
+        weights_of.append(_weights_of_runs(parts, test))  # noqa: PERF401  (warnings count frames)
+    fit = parts.fit
+    run_rows = [
+        _estimates(fit.isel(run=number), parts, tests, [weights[number] for weights in weights_of], number)
+        for number in range(len(parts.designs))
+    ]
+    out, place = [], 0
+    for test, weights in zip(tests, weights_of, strict=True):
+        n_rows = _n_estimates(test)
+        out.append(_label(parts, test, weights, [rows[place : place + n_rows] for rows in run_rows]))
+        place += n_rows
+    return out
+
+
+def _weights_of_runs(parts: _Parts, test: _Test) -> list[NDArray[np.float64] | None]:
+    """Weights of a contrast in every run; None, with a warning, where it cannot be estimated."""
+    run_weights = [_weights_of_run(test.rows, parts.regressors, design) for design in parts.designs]
+    _refuse_if_nowhere(test.rows, parts.regressors, run_weights, test.title)
+    labels = [str(label) for label in parts.fit["run"].to_numpy()]
     lacking = [label for label, w in zip(labels, run_weights, strict=True) if w is None]
     if lacking:
         warnings.warn(
             f"The contrast {test.title!r} cannot be estimated in run {', '.join(lacking)}, where a regressor is missing or "
             "the design cannot tell regressors apart; it is NaN there, and left out of fixed effects.",
             ChunkGLMWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
+    return run_weights
+
+
+def _label(
+    parts: _Parts, test: _Test, run_weights: list[NDArray[np.float64] | None], estimates: list[Any]
+) -> xr.Dataset:
+    """Put labels on the estimates of a contrast, rows (effects, covariances, degrees of freedom) of each run."""
+    fit, rows = parts.fit, test.rows
     q = len(rows.names)
-    whiten = parts.by_reference and test.stat_type == "F"
-    estimates = [
-        _estimate(fit.isel(run=number), parts.voxel_dims, w, q, design=design, dof=float(dof), whiten=whiten)
-        for number, (design, w, dof) in enumerate(zip(parts.designs, run_weights, parts.dof, strict=True))
-    ]
     dims = ("run", *parts.voxel_dims)
     if test.stat_type == "t":
         ds = xr.Dataset(
@@ -397,59 +417,99 @@ def _weights_of_run(rows: Rows, regressors: list[str], design: _Design) -> NDArr
     return weights if all(is_estimable(design.X, row) for row in weights) else None
 
 
-def _estimate(
+def _n_estimates(test: _Test) -> int:
+    """Rows that a contrast of q rows has: effects, covariances, degrees of freedom."""
+    q = len(test.rows.names)
+    return q + q * q + 1
+
+
+def _estimates(
     one: xr.Dataset,
-    voxel_dims: tuple[Any, ...],
-    weights: NDArray[np.float64] | None,
-    q: int,
-    **options: Any,
+    parts: _Parts,
+    tests: list[_Test],
+    weights: list[NDArray[np.float64] | None],
+    number: int,
 ) -> Any:
-    """Effects (q rows), covariances (q q rows) and degrees of freedom of one run, as an array (q + q q + 1, ...)."""
+    """Estimates of all contrasts in one run, contrast after contrast, as an array (rows, ...)."""
     arrays = [
-        one["beta"].transpose("regressor", *voxel_dims).data,
-        one["sigma2"].transpose(*voxel_dims).data[None],
+        one["beta"].transpose("regressor", *parts.voxel_dims).data,
+        one["sigma2"].transpose(*parts.voxel_dims).data[None],
     ]
     if "rho" in one:
-        arrays.append(one["rho"].transpose("lag", *voxel_dims).data)
-    kernel = partial(_effect_and_covariance, weights=weights, q=q, **options)
-    return map_rows(kernel, *arrays, n_rows=q + q * q + 1)
+        arrays.append(one["rho"].transpose("lag", *parts.voxel_dims).data)
+    sizes = [_n_estimates(test) for test in tests]
+    kernel = partial(
+        _estimate_voxels,
+        design=parts.designs[number],
+        weights=weights,
+        sizes=sizes,
+        whiten=[parts.by_reference and test.stat_type == "F" for test in tests],
+        dof=float(parts.dof[number]),
+    )
+    return map_rows(kernel, *arrays, n_rows=sum(sizes))
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def _effect_and_covariance(
+def _estimate_voxels(
     beta: NDArray[np.float64],
     sigma2: NDArray[np.float64],
     *rho: NDArray[np.float64],
     design: _Design,
-    weights: NDArray[np.float64] | None,
-    q: int,
+    weights: list[NDArray[np.float64] | None],
+    sizes: list[int],
+    whiten: list[bool],
     dof: float,
+) -> NDArray[np.float64]:
+    """Effects, covariances and degrees of freedom of each contrast, one behind the other."""
+    space = sigma2.shape[1:]
+    out = np.full((sum(sizes), *space), np.nan)
+    basis = design.basis
+    # sigma2 is NaN where the residual says nothing, and then neither does anything else.
+    alive = np.flatnonzero(~np.isnan(sigma2[0]))
+    given = [one for one in weights if one is not None]
+    if basis is None or not given or not alive.size:
+        return out
+    used = rho[0].reshape(len(rho[0]), -1)[: basis.order, alive] if rho else np.empty((0, alive.size))
+    variance = sigma2.reshape(-1)[alive]
+    # Only the regressors with a weight: those that the run lacks are NaN, and NaN times 0 is NaN.
+    chosen = np.flatnonzero(np.concatenate(given).any(axis=0))
+    coefficients = {c: beta[design.places[c]].reshape(-1)[alive] for c in chosen}
+    covariances = iter(contrast_covariances(basis, given, used))
+    dofs = iter(
+        [np.full(alive.size, dof)] * len(given)
+        if design.uncertainty is None
+        else effective_dofs(basis, given, used, design.uncertainty, dof)
+    )
+    rows = out.reshape(len(out), -1)
+    place = 0
+    for one, size, white in zip(weights, sizes, whiten, strict=True):
+        if one is not None:
+            rows[place : place + size, alive] = _estimate(
+                one, coefficients, next(covariances), variance, white
+            )
+            rows[place + size - 1, alive] = next(dofs)
+        place += size
+    return out
+
+
+def _estimate(
+    weights: NDArray[np.float64],
+    coefficients: Mapping[Any, NDArray[np.float64]],
+    covariance: NDArray[np.float64],
+    variance: NDArray[np.float64],
     whiten: bool,
 ) -> NDArray[np.float64]:
-    space = sigma2.shape[1:]
-    out = np.full((q + q * q + 1, *space), np.nan)
-    basis = design.basis
-    if weights is None or basis is None:
-        return out
-    used = rho[0][: basis.order] if rho else np.empty((0, *space))
-    covariance = contrast_covariance(basis, weights, used)
-    # Only the regressors with a weight: those that the run lacks are NaN, and NaN times 0 is NaN.
-    chosen = np.flatnonzero(weights.any(axis=0))
-    places = [design.places[column] for column in chosen]
+    """Effects and covariances (q + q q + 1, V) of one contrast; the last row is left for the degrees of freedom."""
+    q, V = len(weights), len(variance)
+    out = np.empty((q + q * q + 1, V))
     for row in range(q):
-        out[row] = sum(w * beta[place] for w, place in zip(weights[row, chosen], places, strict=True))
+        out[row] = sum(weights[row, c] * coefficients[c] for c in np.flatnonzero(weights[row]))
     if whiten:
         out[:q] = np.einsum("ij...,j...->i...", whitener(covariance), out[:q])
         covariance = np.eye(q)
     if covariance.ndim == 2:  # the same for all voxels
-        covariance = covariance.reshape(q, q, *(1,) * len(space))
-    out[q:-1] = (covariance * sigma2[0]).reshape(q * q, *space)
-    if design.uncertainty is None:
-        out[-1] = dof
-    else:
-        out[-1] = effective_dof(basis, weights, used, design.uncertainty, dof)
-    # sigma2 is NaN where the residual says nothing, and then neither does anything else.
-    out[:, np.isnan(sigma2[0])] = np.nan
+        covariance = covariance[..., None]
+    out[q:-1] = (covariance * variance).reshape(q * q, V)
     return out
 
 

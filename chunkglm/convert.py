@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from chunkglm import grids, nifti, plan
 from chunkglm import store as stores
+from chunkglm.blocks import single_blas_thread
 from chunkglm.errors import InputError, MaskError
-from chunkglm.kernels.masking import epi_mask
-from chunkglm.kernels.smoothing import sigma_voxels, smooth_volume
+from chunkglm.kernels.masking import box_of, epi_mask
+from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels, smooth_volume
 from chunkglm.schema import NUMERICAL_VERSION, RUN, SPACE, annotate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from chunkglm.kernels.smoothing import Smoother
     from chunkglm.nifti import ImageLike, RunReader
+    from chunkglm.plan import Place
     from chunkglm.store import StoreLike, StoreWriter
+
+    Consumer = Callable[[int, NDArray[Any]], None]
 
 SHORTEST_T_R, LONGEST_T_R = 0.01, 60.0
 """Seconds; a repetition time outside them in a header is more likely one with the wrong unit."""
@@ -42,8 +49,9 @@ def convert(
     """Convert a NIfTI run to a run store.
 
     The file is read once, in blocks of volumes. The store holds its values exactly, in the file's dtype, unless
-    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32. The mask is found in, or applied
-    to, and the mean image is taken of, the unsmoothed signal.
+    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32, in the box about the mask if one is
+    given, and NaN outside of it. The mask is found in, or applied to, and the mean image is taken of, the unsmoothed
+    signal.
 
     Parameters
     ----------
@@ -63,7 +71,7 @@ def convert(
     overwrite : bool
         Replace an existing store.
     progress : callable, optional
-        Called with the number of finished volumes and of all volumes.
+        Called with the number of finished volumes and of all volumes, from one thread at a time.
 
     Returns
     -------
@@ -82,26 +90,70 @@ def convert(
     Notes
     -----
     Smoothing is by a Gaussian of standard deviation ``fwhm / sqrt(8 ln 2)`` along each axis of the grid, cut at four of
-    them, with the volume reflected at its edges (``scipy.ndimage.gaussian_filter1d``). Without a mask, the brain is found
+    them, with the volume reflected at its edges (see :mod:`chunkglm.kernels.smoothing`). Without a mask, the brain is found
     by the histogram of the temporal mean, as in nilearn 0.14.1 (``compute_epi_mask``): see :mod:`chunkglm.kernels.masking`.
     """
-    if smoothing_fwhm is not None and not (np.isfinite(smoothing_fwhm) and smoothing_fwhm > 0):
-        raise InputError(
-            f"The smoothing width is {smoothing_fwhm} mm; it must be positive. Leave it out for no smoothing."
-        )
+    return convert_run(
+        source,
+        store,
+        mask=mask,
+        t_r=t_r,
+        smoothing_fwhm=smoothing_fwhm,
+        memory=plan.parse_memory(memory),
+        n_threads=plan.available_cpus(),
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def convert_run(
+    source: ImageLike,
+    store: StoreLike,
+    *,
+    mask: ImageLike | xr.DataArray | None,
+    t_r: float | None,
+    smoothing_fwhm: float | None,
+    memory: int,
+    n_threads: int,
+    overwrite: bool,
+    progress: Callable[[int, int], None] | None,
+    consume: Consumer | None = None,
+) -> xr.Dataset:
+    """Convert a run, as :func:`convert` does, and let its values be used while they come by.
+
+    Parameters
+    ----------
+    source, store, mask, t_r, smoothing_fwhm, overwrite, progress
+        See :func:`convert`.
+    memory : int
+        Bytes; fewer threads are used where they would need more.
+    n_threads : int
+        Threads at most. It changes no result.
+    consume : callable, optional
+        Called with the number of a voxel block (see :func:`chunkglm.plan.voxel_blocks`) and its next volumes
+        ``(n, z, y, x)``, in physical units and as the store holds them. The volumes of a voxel block come in order;
+        different blocks from different threads. The array is valid during the call.
+
+    Returns
+    -------
+    Dataset
+    """
+    _check_width(smoothing_fwhm)
     stores.check_free(store, overwrite=overwrite)
     with nifti.open_reader(source) as reader:
         repetition_time = _repetition_time(reader, t_r)
         grid = grids.Grid(reader.shape[1:], reader.header.affine)
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
-        n_threads = _threads(reader, memory, smooth=smoothing_fwhm is not None)
+        smoother = _smoother(reader, smoothing_fwhm, given_mask)
+        needed = _memory_needed(reader, smoother)
+        n_threads = plan.most_threads(memory, needed, n_threads, f"Converting {reader.name}")
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
-        template = _template(reader, repetition_time, smoothing_fwhm, chunks)
-        with stores.writing(store, overwrite=overwrite) as writer, ThreadPoolExecutor(n_threads) as pool:
+        template = _template(reader, repetition_time, smoothing_fwhm, chunks, smoother)
+        with stores.writing(store, overwrite=overwrite) as writer:
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
-            process = _smoother(reader, smoothing_fwhm, chunks.time, pool)
-            mean = _stream(reader, writer, chunks, process, pool=pool, progress=progress)
+            pipeline = _Pipeline(reader, writer, chunks, smoother, consume=consume, progress=progress)
+            mean = pipeline.run(n_threads)
             found = epi_mask(mean) if given_mask is None else given_mask
             if not found.any():
                 raise MaskError(
@@ -120,6 +172,58 @@ def convert(
                 }
             )
     return stores.open_run(store)
+
+
+class Description(NamedTuple):
+    """What a conversion will make.
+
+    Attributes
+    ----------
+    run : Dataset
+        The run, with its coordinates, attributes and chunks; ``bold`` and ``mean_image`` are zeros, lazily, and so is ``mask``
+        if none is given.
+    needed : callable
+        From a number of threads to bytes of memory.
+    """
+
+    run: xr.Dataset
+    needed: Callable[[int], int]
+
+
+def describe_run(
+    source: ImageLike,
+    *,
+    mask: ImageLike | xr.DataArray | None,
+    t_r: float | None,
+    smoothing_fwhm: float | None,
+) -> Description:
+    """Tell what a conversion will make, without reading the data.
+
+    Parameters
+    ----------
+    source, mask, t_r, smoothing_fwhm
+        See :func:`convert`.
+
+    Returns
+    -------
+    Description
+    """
+    _check_width(smoothing_fwhm)
+    with nifti.open_reader(source) as reader:
+        grid = grids.Grid(reader.shape[1:], reader.header.affine)
+        given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
+        chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
+        smoother = _smoother(reader, smoothing_fwhm, given_mask)
+        ds = _template(reader, _repetition_time(reader, t_r), smoothing_fwhm, chunks, smoother)
+        ds = ds if given_mask is None else ds.assign(mask=(SPACE, given_mask))
+        return Description(ds, _memory_needed(reader, smoother))
+
+
+def _check_width(smoothing_fwhm: float | None) -> None:
+    if smoothing_fwhm is not None and not (np.isfinite(smoothing_fwhm) and smoothing_fwhm > 0):
+        raise InputError(
+            f"The smoothing width is {smoothing_fwhm} mm; it must be positive. Leave it out for no smoothing."
+        )
 
 
 def _repetition_time(reader: RunReader, given: float | None) -> float:
@@ -142,16 +246,16 @@ def _stored_dtype(reader: RunReader, fwhm: float | None) -> np.dtype[Any]:
     return np.dtype(np.float32) if fwhm is not None else reader.header.dtype.newbyteorder("=")
 
 
-def _threads(reader: RunReader, memory: int | str, *, smooth: bool) -> int:
-    def needed(n: int) -> int:
-        itemsize = reader.header.dtype.itemsize
-        return plan.convert_memory(reader.shape, itemsize, 4 if smooth else itemsize, n, smooth=smooth)
-
-    what = f"Converting {reader.name}"
-    return plan.most_threads(plan.parse_memory(memory), needed, plan.available_cpus(), what)
+def _memory_needed(reader: RunReader, smoother: Smoother | None) -> Callable[[int], int]:
+    """From a number of threads to the memory that a conversion needs."""
+    shape, itemsize = reader.shape, reader.header.dtype.itemsize
+    smoothed = None if smoother is None else smoother.shape
+    return lambda n: plan.convert_memory(shape, itemsize, n, smoothed=smoothed)
 
 
-def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks) -> xr.Dataset:
+def _template(
+    reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks, smoother: Smoother | None
+) -> xr.Dataset:
     """Make the store's metadata: everything but the values of bold, mask and mean image."""
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
 
@@ -175,7 +279,7 @@ def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Ch
         attrs={
             "kind": "run",
             "repetition_time": t_r,
-            "processing": _processing(fwhm),
+            "processing": _processing(fwhm, smoother, volume),
             "numerical_version": NUMERICAL_VERSION,
         },
     )
@@ -185,74 +289,185 @@ def _template(reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Ch
     return annotate(ds, RUN)
 
 
-def _processing(fwhm: float | None) -> list[str]:
-    return [] if fwhm is None else [f"smoothed by a Gaussian of {fwhm:g} mm full width at half maximum"]
+def _processing(fwhm: float | None, smoother: Smoother | None, shape: Sequence[int]) -> list[str]:
+    if smoother is None:
+        return []
+    where = "" if smoother.shape == tuple(shape) else ", in the box about the mask"
+    return [f"smoothed by a Gaussian of {fwhm:g} mm full width at half maximum{where}"]
 
 
-def _smoother(
-    reader: RunReader, fwhm: float | None, length: int, pool: ThreadPoolExecutor
-) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Make the function from a block of stored values to the block to keep, which is valid until the next."""
+def _smoother(reader: RunReader, fwhm: float | None, mask: NDArray[np.bool_] | None) -> Smoother | None:
+    """How volumes are smoothed: as far as the mask needs them, where there is one."""
     if fwhm is None:
-        return lambda block: block
+        return None
     header = reader.header
-    sigma = sigma_voxels(fwhm, grids.voxel_sizes(header.affine)[::-1].tolist())
-    smoothed = np.empty((length, *reader.shape[1:]), dtype=np.float32)
-
-    def smooth(volume: NDArray[Any], out: NDArray[np.float32]) -> None:
-        values = volume.astype(np.float64) * header.slope + header.intercept if header.scaled else volume
-        with np.errstate(over="ignore"):
-            out[...] = smooth_volume(values, sigma)
-
-    def smooth_block(block: NDArray[Any]) -> NDArray[Any]:
-        out = smoothed[: len(block)]
-        for _ in pool.map(smooth, block, out):
-            pass
-        return out
-
-    return smooth_block
+    return make_smoother(
+        reader.shape[1:],
+        sigma_voxels(fwhm, grids.voxel_sizes(header.affine)[::-1].tolist()),
+        header.dtype,
+        box=None if mask is None else box_of(mask),
+        slope=header.slope,
+        intercept=header.intercept,
+    )
 
 
-def _stream(
-    reader: RunReader,
-    writer: StoreWriter,
-    chunks: plan.Chunks,
-    process: Callable[[NDArray[Any]], NDArray[Any]],
-    *,
-    pool: ThreadPoolExecutor,
-    progress: Callable[[int, int], None] | None,
-) -> NDArray[np.float64]:
-    """Store the run block by block; returns its temporal mean in physical units, shape (z, y, x)."""
-    bold = writer.array("bold")
-    n_time, n_z = reader.shape[:2]
-    total = np.zeros(reader.shape[1:])
-
-    def write_slab(start: int, block: NDArray[Any], z: int) -> None:
-        slab = slice(z, min(z + chunks.z, n_z))
-        bold[start : start + len(block), slab] = block[:, slab]
-
-    # Closing waits for the block that is being read, before the file is closed.
-    with closing(_ahead(reader.blocks(chunks.time))) as blocks:
-        for start, block in blocks:
-            with np.errstate(invalid="ignore", over="ignore"):
-                for volume in block:
-                    total += volume
-            kept = process(block)
-            slabs = [pool.submit(write_slab, start, kept, z) for z in range(0, n_z, chunks.z)]
-            for slab in slabs:
-                slab.result()
-            if progress is not None:
-                progress(start + len(block), n_time)
-    mean: NDArray[np.float64] = total / n_time * reader.header.slope + reader.header.intercept
-    return mean
+class _GivenUpError(Exception):
+    """Another thread failed."""
 
 
-def _ahead(
-    blocks: Iterator[tuple[int, NDArray[Any]]],
-) -> Generator[tuple[int, NDArray[Any]]]:
-    """Yield the same blocks, each read while the one before it is worked on."""
-    with ThreadPoolExecutor(1) as reading:
-        pending = reading.submit(next, blocks, None)
-        while (item := pending.result()) is not None:
-            pending = reading.submit(next, blocks, None)
-            yield item
+class _Pipeline:
+    """A run on its way from the file to the store.
+
+    Every thread does the same: it takes the next block of volumes from the file, one thread at a time, then smooths
+    and stores it, while others take theirs. What is summed over time is summed voxel block by voxel block, in order.
+    """
+
+    def __init__(
+        self,
+        reader: RunReader,
+        writer: StoreWriter,
+        chunks: plan.Chunks,
+        smoother: Smoother | None,
+        *,
+        consume: Consumer | None,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._reader, self._writer, self._chunks = reader, writer, chunks
+        self._smoother, self._consume, self._progress = smoother, consume, progress
+        self._places = plan.voxel_blocks(reader.shape[1:], chunks)
+        self._starts = iter(range(0, reader.shape[0], chunks.time))
+        self._reading = threading.Lock()
+        self._state = threading.Condition()
+        self._failed = False
+        self._done = 0
+        # Of each voxel block the number of the volume whose turn it is.
+        self._next = [0] * len(self._places)
+        self._total = np.zeros(reader.shape[1:])
+
+    def run(self, n_threads: int) -> NDArray[np.float64]:
+        """Store the run; returns its temporal mean in physical units, shape (z, y, x)."""
+        reader = self._reader
+        with single_blas_thread(), ThreadPoolExecutor(n_threads) as pool:
+            try:
+                working = [pool.submit(self._work) for _ in range(n_threads)]
+                for one in working:
+                    # An interrupt reaches this thread only.
+                    with suppress(_GivenUpError):
+                        one.result()
+            except BaseException:
+                self._give_up()
+                raise
+        reader.finish()
+        mean: NDArray[np.float64] = (
+            self._total / reader.shape[0] * reader.header.slope + reader.header.intercept
+        )
+        return mean
+
+    def _give_up(self) -> None:
+        with self._state:
+            self._failed = True
+            self._state.notify_all()
+
+    def _work(self) -> None:
+        """Take blocks until there is none."""
+        reader, smoother = self._reader, self._smoother
+        length = min(self._chunks.time, reader.shape[0])
+        raw = np.empty((length, *reader.shape[1:]), dtype=reader.native_dtype)
+        smoothed = scratch = None
+        if smoother is not None:
+            smoothed, scratch = np.empty((length, *smoother.shape), dtype=np.float32), make_scratch(smoother)
+        chunk = _Chunk(self._chunks, smoother, reader.native_dtype)
+        try:
+            while (taken := self._take(raw)) is not None:
+                start, block = taken
+                made = block
+                if smoother is not None and smoothed is not None and scratch is not None:
+                    made = smoothed[: len(block)]
+                    with np.errstate(over="ignore", invalid="ignore"):
+                        for volume, out in zip(block, made, strict=True):
+                            smooth_volume(volume, smoother, scratch, out)
+                for number, place in enumerate(self._places):
+                    values = chunk.fill(made, place)
+                    index = (start // self._chunks.time, *self._index(place))
+                    self._writer.write_chunk("bold", index, values)
+                    with self._turn(number, start, len(block)):
+                        self._sum(number, block, values)
+                self._advance(len(block))
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _take(self, raw: NDArray[Any]) -> tuple[int, NDArray[Any]] | None:
+        """Read the next block; None at the end."""
+        with self._reading:
+            start = None if self._failed else next(self._starts, None)
+            if start is None:
+                return None
+            block = raw[: self._reader.shape[0] - start]
+            self._reader.read(block, start)
+            return start, block
+
+    def _index(self, place: Place) -> tuple[int, ...]:
+        """Index of a voxel block among the chunks of a volume."""
+        return tuple(part.start // length for part, length in zip(place, self._chunks[1:], strict=True))
+
+    @contextmanager
+    def _turn(self, number: int, start: int, length: int) -> Iterator[None]:
+        """Wait until all earlier volumes of a voxel block were summed."""
+        with self._state:
+            self._state.wait_for(lambda: self._failed or self._next[number] == start)
+            if self._failed:
+                raise _GivenUpError
+        yield
+        with self._state:
+            self._next[number] = start + length
+            self._state.notify_all()
+
+    def _sum(self, number: int, block: NDArray[Any], values: NDArray[Any]) -> None:
+        place = self._places[number]
+        total = self._total[place]
+        with np.errstate(invalid="ignore", over="ignore"):
+            for volume in block[(slice(None), *place)]:
+                total += volume
+        if self._consume is not None:
+            header = self._reader.header
+            if self._smoother is None and header.scaled:
+                # As xarray decodes what is stored.
+                values = values.astype(np.float64)
+                values *= header.slope
+                values += header.intercept
+            self._consume(number, values)
+
+    def _advance(self, n_volumes: int) -> None:
+        with self._state:
+            self._done += n_volumes
+            if self._progress is not None:
+                self._progress(self._done, self._reader.shape[0])
+
+
+class _Chunk:
+    """A chunk of the store, made from the part of it that was smoothed; NaN elsewhere."""
+
+    def __init__(self, chunks: plan.Chunks, smoother: Smoother | None, dtype: np.dtype[Any]) -> None:
+        self._buffer = np.empty(math.prod(chunks), dtype=dtype if smoother is None else np.float32)
+        self._box = None if smoother is None else smoother.box
+        self._blank: Any = None
+
+    def fill(self, block: NDArray[Any], place: Place) -> NDArray[Any]:
+        """The values at a place, contiguous, valid until the next; ``block`` holds those in the box."""
+        shape = (len(block), *(part.stop - part.start for part in place))
+        values = self._buffer[: math.prod(shape)].reshape(shape)
+        if self._box is None:
+            values[...] = block[(slice(None), *place)]
+            return values
+        inside, source = [], []
+        for part, made in zip(place, self._box, strict=True):
+            start = max(part.start, made.start)
+            stop = max(min(part.stop, made.stop), start)
+            inside.append(slice(start - part.start, stop - part.start))
+            source.append(slice(start - made.start, stop - made.start))
+        if self._blank != (shape, inside):
+            values.fill(np.nan)
+            self._blank = shape, inside
+        values[(slice(None), *inside)] = block[(slice(None), *source)]
+        return values

@@ -133,18 +133,111 @@ def fit(
     the variance of its innovations, over the kept volumes, and ``dof`` their number less the rank of X. How: see
     :mod:`chunkglm.kernels.glm` and :mod:`chunkglm.kernels.precision`.
     """
+    plan = plan_fit(
+        runs,
+        designs,
+        noise_model=noise_model,
+        signal_scaling=signal_scaling,
+        mask=mask,
+        sample_masks=sample_masks,
+        compat=compat,
+    )
+    return assemble(plan, [lazy_rows(one) for one in plan.runs])
+
+
+class RunPlan(NamedTuple):
+    """How one run is fitted.
+
+    Attributes
+    ----------
+    label : str
+    run : Dataset
+        Without the volumes that the reference drops.
+    kept : ndarray of bool, shape (T,)
+        Volumes of the recording that are not dropped: all but those.
+    mask : DataArray
+    model : Model
+    columns : ndarray of int, shape (P,)
+        Place of every regressor of the fit among those of the run; -1 where it has none.
+    dof : int
+        Residual degrees of freedom.
+    """
+
+    label: str
+    run: xr.Dataset
+    kept: NDArray[np.bool_]
+    mask: xr.DataArray
+    model: kernel.Model
+    columns: NDArray[np.intp]
+    dof: int
+
+    @property
+    def order(self) -> int:
+        """Order of the noise."""
+        return self.model.basis.order
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the estimates: regressors, sigma2, rho, whether that is at its limit."""
+        return len(self.columns) + 2 + self.order
+
+
+class FitPlan(NamedTuple):
+    """How all runs are fitted, and what is known of the fit without their data."""
+
+    regressors: list[str]
+    runs: list[RunPlan]
+    recordings: dict[str, xr.Dataset]
+    designs: dict[str, pd.DataFrame]
+    kept: dict[str, NDArray[np.bool_]]
+    attrs: dict[str, Any]
+
+    @property
+    def n_lags(self) -> int:
+        """The highest order of the noise of any run."""
+        return max(one.order for one in self.runs)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether autocorrelations are corrected for the bias of residuals."""
+        return bool(self.attrs["compat"] == "none")
+
+
+def plan_fit(
+    runs: Runs,
+    designs: Designs,
+    *,
+    noise_model: str,
+    signal_scaling: str | None,
+    mask: ImageLike | xr.DataArray | None,
+    sample_masks: SampleMasks | None,
+    compat: str | None,
+) -> FitPlan:
+    """Check what is asked of :func:`fit`, and prepare everything but the data.
+
+    Parameters
+    ----------
+    runs, designs, noise_model, signal_scaling, mask, sample_masks, compat
+        See :func:`fit`. The data is read for the noise model "auto" only.
+
+    Returns
+    -------
+    FitPlan
+    """
     order = check_options(noise_model, signal_scaling, compat)
     run_of = label_runs(runs)
     kept_of = _label_sample_masks(sample_masks, {label: run.sizes["time"] for label, run in run_of.items()})
     design_of = _label_designs(designs, run_of)
     regressors = list(dict.fromkeys(name for design in design_of.values() for name in design.columns))
     given_mask = None if mask is None else _given_mask(mask, next(iter(run_of.values())))
-    fits = []
+    plans = []
     for label, run in run_of.items():
         design, kept = design_of[label], kept_of[label]
         X = design.to_numpy(dtype=np.float64)
+        used = np.ones(len(kept), dtype=bool)
         if compat == "nilearn" and not kept.all():
             # The reference drops censored volumes, and filters across the gaps.
+            used = kept
             run, X, kept = run.isel(time=np.flatnonzero(kept)), X[kept], kept[kept]  # noqa: PLW2901
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
         chosen = order
@@ -153,10 +246,8 @@ def fit(
             largest, _ = _model_of(label, X, kept, highest, scaling=signal_scaling, compat=None)
             chosen = _best_order(run, run_mask, largest)
         model, dof = _model_of(label, X, kept, chosen, scaling=signal_scaling, compat=compat)
-        columns = _columns(design, regressors)
-        fits.append(_RunFit(_fit_run(run, run_mask, model, columns), columns, dof, run_mask, chosen))
-    ds = _assemble(run_of, design_of, kept_of, regressors, fits, corrected=compat is None)
-    ds.attrs = {
+        plans.append(RunPlan(label, run, used, run_mask, model, _columns(design, regressors), dof))
+    attrs: dict[str, Any] = {
         "kind": "fit",
         "format_version": FORMAT_VERSION,
         "numerical_version": NUMERICAL_VERSION,
@@ -165,8 +256,8 @@ def fit(
         "compat": compat or "none",
     }
     if order is None:
-        ds.attrs["noise_model_chosen"] = [noise_name(one.order) for one in fits]
-    return annotate(ds, FIT)
+        attrs["noise_model_chosen"] = [noise_name(one.order) for one in plans]
+    return FitPlan(regressors, plans, run_of, design_of, kept_of, attrs)
 
 
 def noise_name(order: int) -> str:
@@ -409,16 +500,6 @@ def _own_mask(run: xr.Dataset, label: str) -> xr.DataArray:
 # --------------------------------------------------------------------------------------------------------- fit
 
 
-class _RunFit(NamedTuple):
-    """The estimates of one run, as lazy rows (regressors, sigma2, rho, at limit), and what else is known of it."""
-
-    rows: Any
-    columns: NDArray[np.intp]
-    dof: int
-    mask: xr.DataArray
-    order: int
-
-
 def _model_of(
     label: str,
     X: NDArray[np.float64],
@@ -499,11 +580,13 @@ def _columns(design: pd.DataFrame, regressors: list[str]) -> NDArray[np.intp]:
     return np.array([place.get(name, -1) for name in regressors])
 
 
-def _fit_run(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model, columns: NDArray[np.intp]) -> Any:
-    bold = as_blocks(run["bold"])
-    n_rows = len(columns) + 2 + model.basis.order
-    computed = _run_mean(bold, mask, model)
-    return map_voxel_blocks(_fit_block, bold, mask, n_rows, model, columns, computed=computed)
+def lazy_rows(plan: RunPlan) -> Any:
+    """Estimates of a run, as a lazy array (rows, z, y, x)."""
+    bold = as_blocks(plan.run["bold"])
+    computed = _run_mean(bold, plan.mask, plan.model)
+    return map_voxel_blocks(
+        _fit_block, bold, plan.mask, plan.n_rows, plan.model, plan.columns, computed=computed
+    )
 
 
 def _run_mean(bold: xr.DataArray, mask: xr.DataArray, model: kernel.Model) -> list[Any]:
@@ -550,11 +633,15 @@ def _fit_block(
     run_mean: float = np.nan,
 ) -> NDArray[np.float64]:
     """Fit the voxels of a block; shape (P + 2 + N, V), with NaN for the regressors that have no column."""
-    estimates = kernel.fit_voxels(blocks, voxels, model, float(run_mean))
+    return rows_of(kernel.fit_voxels(blocks, voxels, model, float(run_mean)), columns)
+
+
+def rows_of(estimates: kernel.Estimates, columns: NDArray[np.intp]) -> NDArray[np.float64]:
+    """Put the estimates of V voxels into rows, (P + 2 + N, V): regressors, sigma2, rho, whether that is at its limit."""
     if estimates.n_unscaled:
         warnings.warn(_NO_PERCENT, ChunkGLMWarning, stacklevel=1)
-    P = len(columns)
-    out = np.full((P + 2 + model.basis.order, len(voxels)), np.nan)
+    P, (N, V) = len(columns), estimates.rho.shape
+    out = np.full((P + 2 + N, V), np.nan)
     for regressor, column in enumerate(columns):
         if column >= 0:
             out[regressor] = estimates.beta[column]
@@ -562,54 +649,82 @@ def _fit_block(
     return out
 
 
-def _assemble(
-    runs: dict[str, xr.Dataset],
-    designs: dict[str, pd.DataFrame],
-    kept: dict[str, NDArray[np.bool_]],
-    regressors: list[str],
-    fits: list[_RunFit],
-    *,
-    corrected: bool,
-) -> xr.Dataset:
-    """Put labels on."""
-    P = len(regressors)
-    spatial = fits[0].rows.chunks[1:]
-    rows = [as_chunked(fit.rows, spatial) for fit in fits]
-    masks = stack([as_chunked(fit.mask.transpose(*SPACE).data, spatial) for fit in fits])
-    n_volumes = [run.sizes["time"] for run in runs.values()]
+def split_rows(rows: Any, plan: FitPlan) -> dict[str, Any]:
+    """Take the rows (rows, ...) of one run apart, into its part of every variable of the fit.
+
+    Returns
+    -------
+    dict
+        ``beta (regressor, ...)`` and ``sigma2 (...)``; ``rho (lag, ...)`` and ``rho_at_limit (...)`` where the fit has them.
+        What is beyond the order of the run is 0 where the run has a voxel, and NaN elsewhere.
+    """
+    P = len(plan.regressors)
+    order = len(rows) - P - 2
+    found = {"beta": rows[:P], "sigma2": rows[P]}
+    if plan.n_lags:
+        found["rho"] = stack(
+            [rows[P + 1 + lag] if lag < order else rows[P] * 0 for lag in range(plan.n_lags)]
+        )
+        if plan.corrected:
+            found["rho_at_limit"] = rows[-1] == 1
+    return found
+
+
+FIT_DIMS = {
+    "beta": ("run", "regressor", *SPACE),
+    "sigma2": ("run", *SPACE),
+    "rho": ("run", "lag", *SPACE),
+    "rho_at_limit": ("run", *SPACE),
+}
+"""Dims of what is estimated at every voxel."""
+
+
+def assemble(plan: FitPlan, rows: Sequence[Any]) -> xr.Dataset:
+    """Put labels on the rows of all runs.
+
+    Parameters
+    ----------
+    plan : FitPlan
+    rows : sequence of dask arrays, shape (rows, z, y, x)
+        As :func:`lazy_rows` makes them.
+
+    Returns
+    -------
+    Dataset
+        The fit.
+    """
+    spatial = rows[0].chunks[1:]
+    parts = [split_rows(as_chunked(one, spatial), plan) for one in rows]
+    masks = stack([as_chunked(one.mask.transpose(*SPACE).data, spatial) for one in plan.runs])
+    n_volumes = [run.sizes["time"] for run in plan.recordings.values()]
     ds = xr.Dataset(
         {
-            "beta": (("run", "regressor", *SPACE), stack([r[:P] for r in rows])),
-            "sigma2": (("run", *SPACE), stack([r[P] for r in rows])),
-            "dof": ("run", np.array([fit.dof for fit in fits], dtype=np.float64)),
-            "order": ("run", np.array([fit.order for fit in fits])),
+            **{name: (FIT_DIMS[name], stack([part[name] for part in parts])) for name in ("beta", "sigma2")},
+            "dof": ("run", np.array([one.dof for one in plan.runs], dtype=np.float64)),
+            "order": ("run", np.array([one.order for one in plan.runs])),
             "n_volumes": ("run", np.array(n_volumes)),
-            "column": (("run", "regressor"), np.stack([fit.columns for fit in fits])),
-            **_stack_designs(runs, designs, kept, regressors),
+            "column": (("run", "regressor"), np.stack([one.columns for one in plan.runs])),
+            **_stack_designs(plan.recordings, plan.designs, plan.kept, plan.regressors),
             "mask": (("run", *SPACE), masks),
         }
     )
-    order = max(fit.order for fit in fits)
-    if order:
-        # What is beyond the order of a run is 0 where the run has a voxel, and NaN elsewhere.
-        lags = [
-            [r[P + 1 + lag] if lag < fit.order else r[P] * 0 for lag in range(order)]
-            for r, fit in zip(rows, fits, strict=True)
-        ]
-        ds["rho"] = (("run", "lag", *SPACE), stack([stack(one) for one in lags]))
-        ds = ds.assign_coords(lag=np.arange(1, order + 1))
-        if corrected:
-            ds["rho_at_limit"] = (("run", *SPACE), stack([r[-1] == 1 for r in rows]))
-    first = next(iter(runs.values()))
+    if plan.n_lags:
+        for name in ("rho", "rho_at_limit"):
+            if name in parts[0]:
+                ds[name] = (FIT_DIMS[name], stack([part[name] for part in parts]))
+        ds = ds.assign_coords(lag=np.arange(1, plan.n_lags + 1))
+    first = next(iter(plan.recordings.values()))
     coords: dict[Hashable, Any] = {
         name: first.coords[name].variable for name in (*SPACE, "grid") if name in first.coords
     }
     coords |= {
-        "run": text_labels(runs),
-        "regressor": text_labels(regressors),
+        "run": text_labels(plan.recordings),
+        "regressor": text_labels(plan.regressors),
         "volume": np.arange(max(n_volumes)),
     }
-    return ds.assign_coords(coords)
+    ds = ds.assign_coords(coords)
+    ds.attrs = plan.attrs
+    return annotate(ds, FIT)
 
 
 def _stack_designs(

@@ -27,23 +27,25 @@ from chunkglm import store as stores
 from chunkglm._version import __version__
 from chunkglm.cluster import stage, threads
 from chunkglm.contrasts import check_contrast, contrast
-from chunkglm.convert import convert
+from chunkglm.convert import convert_run, describe_run
 from chunkglm.design import as_design, read_design, read_sample_mask
 from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError, StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
-from chunkglm.glm import LARGEST_AUTO_ORDER, check_options, fit, kept_volumes, noise_name
+from chunkglm.glm import LARGEST_AUTO_ORDER, check_options, fit, kept_volumes, noise_name, plan_fit
 from chunkglm.maps import MEAN_IMAGE, PROVENANCE, peaks, write_json, write_maps
 from chunkglm.report import PICTURES, REPORT, picture_names, report
 from chunkglm.report.cuts import check_within
 from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, canonical_json
+from chunkglm.streamed import StreamedRun, create_fit, spatial_chunks, sums_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import pandas as pd
     import xarray as xr
     from rich.console import Console
 
+    from chunkglm.convert import Consumer
     from chunkglm.expressions import Parsed
 
 
@@ -135,7 +137,9 @@ def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
     if previous and current and _is_there(job, previous):
         return Summary(True, previous["outputs"], previous["peaks"], time.monotonic() - started, None)
     _check_output(job, previous, current=current)
-    runs = _convert_all(job, hashes, console, quiet=quiet)
+    runs = _convert_and_fit(job, models, console, quiet=quiet)
+    if runs is None:
+        runs = _convert_all(job, hashes, console, quiet=quiet)
     sources = [run.attrs["source_sha256"] for run in runs.values()]
     with threads(_fit_threads(job, runs, models)):
         fitted = _fit_all(job, runs, models, console, quiet=quiet)
@@ -346,27 +350,99 @@ def _job_key(job: Job, models: Models, sources: Sequence[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
+def _convert_and_fit(
+    job: Job, models: Models, console: Console, *, quiet: bool
+) -> dict[str, xr.Dataset] | None:
+    """Fit the runs while they are converted, if nothing is there yet and one pass over each of them is enough.
+
+    Otherwise nothing is done here, and they are to be converted first, and fitted from their stores.
+    """
+    place = job.output / "fit.zarr"
+    if any(stores.exists(one) for one in (job.output / "runs.zarr", place)):
+        return None
+    if job.mask is None or job.noise_model == "auto":
+        return None
+    described = [
+        describe_run(run, mask=job.mask, t_r=job.t_r, smoothing_fwhm=job.smoothing_fwhm) for run in job.runs
+    ]
+    recordings = {str(number): one.run for number, one in enumerate(described, start=1)}
+    fit_plan = plan_fit(recordings, models.designs, mask=None, sample_masks=models.kept, **_fit_options(job))
+    chunks = spatial_chunks(fit_plan)
+    memory, sums = plan.parse_memory(job.memory), [sums_bytes(one) for one in fit_plan.runs]
+    if chunks is None or not all(
+        _fits_beside(one.needed, extra, memory, job.n_threads)
+        for one, extra in zip(described, sums, strict=True)
+    ):
+        return None
+    runs = {}
+    with stores.writing(place, overwrite=False) as writer:
+        create_fit(writer, fit_plan, chunks)
+        for number, (source, extra) in enumerate(zip(job.runs, sums, strict=True)):
+            streamed = StreamedRun(fit_plan, number, chunks)
+            runs[str(number + 1)] = _convert(
+                job, source, number + 1, console, quiet=quiet, memory=memory - extra, consume=streamed.add
+            )
+            streamed.write(writer, job.n_threads)
+        sources = [run.attrs["source_sha256"] for run in runs.values()]
+        writer.finish({"key": _fit_key(job, models, sources)})
+    return runs
+
+
+def _fits_beside(needed: Callable[[int], int], extra: int, memory: int, wanted: int) -> bool:
+    """Whether a conversion has room for the sums of the fit with as many threads as without them.
+
+    With fewer it would take longer than reading the store once more.
+    """
+    return needed(plan.most_threads(memory, needed, wanted, "Converting")) + extra <= memory
+
+
 def _convert_all(
     job: Job, hashes: list[str] | None, console: Console, *, quiet: bool
 ) -> dict[str, xr.Dataset]:
+    """The run stores; those that are there and current, as the fit of this command left them, are only opened."""
     runs = {}
     for number, source in enumerate(job.runs, start=1):
-        place = job.output / "runs.zarr" / f"run-{number}"
+        place = _run_place(job, number)
         if hashes is not None and place.is_dir() and _is_current(place, job, hashes[number - 1]):
             runs[str(number)] = stores.open_run(place)
-            continue
-        with stage(console, f"Converting {Path(source).name}", "volumes", quiet=quiet) as progress:
-            runs[str(number)] = convert(
-                source,
-                place,
-                mask=job.mask,
-                t_r=job.t_r,
-                smoothing_fwhm=job.smoothing_fwhm,
-                memory=job.memory,
-                overwrite=job.overwrite,
-                progress=progress,
-            )
+        else:
+            memory = plan.parse_memory(job.memory)
+            runs[str(number)] = _convert(job, source, number, console, quiet=quiet, memory=memory)
     return runs
+
+
+def _run_place(job: Job, number: int) -> Path:
+    return job.output / "runs.zarr" / f"run-{number}"
+
+
+def _convert(
+    job: Job,
+    source: str,
+    number: int,
+    console: Console,
+    *,
+    quiet: bool,
+    memory: int,
+    consume: Consumer | None = None,
+) -> xr.Dataset:
+    title = f"{'Converting' if consume is None else 'Converting and fitting'} {Path(source).name}"
+    with stage(console, title, "volumes", quiet=quiet) as progress:
+        return convert_run(
+            source,
+            _run_place(job, number),
+            mask=job.mask,
+            t_r=job.t_r,
+            smoothing_fwhm=job.smoothing_fwhm,
+            memory=memory,
+            n_threads=job.n_threads,
+            overwrite=job.overwrite,
+            progress=progress,
+            consume=consume,
+        )
+
+
+def _fit_options(job: Job) -> dict[str, Any]:
+    return {"noise_model": job.noise_model, "signal_scaling": job.signal_scaling, "compat": job.compat}
 
 
 def _is_current(place: Path, job: Job, source_sha256: str) -> bool:
@@ -415,10 +491,8 @@ def _fit_all(
     lazy = fit(
         dict(runs),
         models.designs,
-        noise_model=job.noise_model,
-        signal_scaling=job.signal_scaling,  # type: ignore[arg-type]
         sample_masks=models.kept,
-        compat=job.compat,  # type: ignore[arg-type]
+        **_fit_options(job),
     )
     lazy.attrs["key"] = key
     with stage(console, "Fitting", "tasks", quiet=quiet) as progress:
@@ -446,7 +520,7 @@ def _write_all(
             ]
             for label, one, of in entries:
                 maps = one.compute()
-                outputs += write_maps(maps, folder, name, run=label, inputs=of)
+                outputs += write_maps(maps, folder, name, run=label, inputs=of, n_threads=job.n_threads)
                 found.append({"contrast": name, "run": label, **peaks(maps)})
                 done += 1
                 if progress is not None:

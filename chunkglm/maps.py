@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,13 @@ def map_name(contrast: str, suffix: str, run: str | None = None) -> str:
 
 
 def write_maps(
-    maps: xr.Dataset, folder: Path, name: str, *, run: str | None = None, inputs: Sequence[str] = ()
+    maps: xr.Dataset,
+    folder: Path,
+    name: str,
+    *,
+    run: str | None = None,
+    inputs: Sequence[str] = (),
+    n_threads: int = 1,
 ) -> list[Path]:
     """Write the statistics of one contrast as NIfTI maps with JSON sidecars.
 
@@ -60,6 +67,8 @@ def write_maps(
         Label of the run; none for the fixed effects.
     inputs : sequence of str
         Names of the recordings, for the sidecars.
+    n_threads : int
+        Maps that are written at a time.
 
     Returns
     -------
@@ -68,30 +77,41 @@ def write_maps(
         row), F, p and z (0 where the statistic is not a number), a sidecar for each, and the mask of the voxels that
         have a statistic.
     """
-    written = []
-    definitions = json.loads(maps.attrs["definition"])
-    for variable, suffix in MAPS[maps.attrs["stat_type"]].items():
+    common = _about(maps, name, run, inputs)
+
+    def write(item: tuple[str, str]) -> list[Path]:
+        variable, suffix = item
         path = folder / f"{map_name(name, suffix, run)}.nii.gz"
         nifti.to_nifti(maps[variable].fillna(0), path, overwrite=True)
-        sidecar = {
-            "Description": f"{MEANING[suffix]}; {'fixed effects' if run is None else f'run {run}'}",
-            "Contrast": name,
-            "Formula": definitions.get(name, next(iter(definitions.values()))),
-            "Weights": _weights(maps),
-            **_degrees_of_freedom(maps),
-            "Inputs": list(inputs),
-            "Model": {key: maps.attrs[key] for key in KEPT_ATTRIBUTES if key in maps.attrs},
-            "GeneratedBy": {"Name": "chunkglm", "Version": __version__},
-        }
-        if run is None:
-            sidecar["PrecisionWeighted"] = bool(maps.attrs["precision_weighted"])
-            sidecar["Runs"] = list(maps.attrs["combined"])
         side_path = path.with_name(path.name.removesuffix(".nii.gz") + ".json")
-        write_json(side_path, sidecar)
-        written += [path, side_path]
+        described = f"{MEANING[suffix]}; {'fixed effects' if run is None else f'run {run}'}"
+        write_json(side_path, {"Description": described, **common})
+        return [path, side_path]
+
+    # Compression takes longest, and leaves other threads alone.
+    with ThreadPoolExecutor(n_threads) as pool:
+        written = [path for paths in pool.map(write, MAPS[maps.attrs["stat_type"]].items()) for path in paths]
     mask_path = folder / f"{'' if run is None else f'run-{run}_'}contrast-{name}_mask.nii.gz"
     nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
     return [*written, mask_path]
+
+
+def _about(maps: xr.Dataset, name: str, run: str | None, inputs: Sequence[str]) -> dict[str, Any]:
+    """What the sidecars of all maps of a contrast say."""
+    definitions = json.loads(maps.attrs["definition"])
+    about = {
+        "Contrast": name,
+        "Formula": definitions.get(name, next(iter(definitions.values()))),
+        "Weights": _weights(maps),
+        **_degrees_of_freedom(maps),
+        "Inputs": list(inputs),
+        "Model": {key: maps.attrs[key] for key in KEPT_ATTRIBUTES if key in maps.attrs},
+        "GeneratedBy": {"Name": "chunkglm", "Version": __version__},
+    }
+    if run is None:
+        about["PrecisionWeighted"] = bool(maps.attrs["precision_weighted"])
+        about["Runs"] = list(maps.attrs["combined"])
+    return about
 
 
 def _weights(maps: xr.Dataset) -> dict[str, Any]:

@@ -65,7 +65,7 @@ HEADER_LIMIT = 16 * 2**20
 VOXEL_LIMIT = 10**11
 """Values in an image beyond which a header is not believed."""
 
-PIECE = 2**20
+PIECE = 2**18
 """Bytes that are read from a file at a time."""
 
 DEFLATE_LIMIT = 1032
@@ -297,11 +297,16 @@ class _Hashing(io.RawIOBase):
 
 def _gunzip(raw: _Hashing) -> IO[bytes]:
     """Decompress a stream: with igzip where the ``fast`` extra is installed, else with zlib."""
+    return cast("IO[bytes]", _gzip_file()(fileobj=io.BufferedReader(raw, PIECE), mode="rb"))
+
+
+def _gzip_file() -> Any:
+    """The class that reads and writes gzip files."""
     try:
         from isal import igzip  # noqa: PLC0415  (optional, and only needed here)
     except ImportError:
-        return cast("IO[bytes]", gzip.GzipFile(fileobj=io.BufferedReader(raw, PIECE), mode="rb"))
-    return cast("IO[bytes]", cast("Any", igzip).GzipFile(fileobj=io.BufferedReader(raw, PIECE), mode="rb"))
+        return gzip.GzipFile
+    return cast("Any", igzip).IGzipFile
 
 
 @cache
@@ -362,12 +367,34 @@ class RunReader:
         """
         n_time = self.shape[0]
         for start in range(0, n_time, length):
-            block = np.empty((min(length, n_time - start), *self.shape[1:]), dtype=self.header.dtype)
-            self._fill(block, start)
-            if not block.dtype.isnative:
-                block = block.byteswap(inplace=True).view(block.dtype.newbyteorder("="))
+            block = np.empty((min(length, n_time - start), *self.shape[1:]), dtype=self.native_dtype)
+            self.read(block, start)
             yield start, block
-        self._finish()
+        self.finish()
+
+    @property
+    def native_dtype(self) -> np.dtype[Any]:
+        """Dtype of the stored values, in the byte order of this machine."""
+        return self.header.dtype.newbyteorder("=")
+
+    def read(self, block: Array, start: int) -> None:
+        """Read the next volumes.
+
+        Parameters
+        ----------
+        block : ndarray, shape (n, z, y, x), C-ordered
+            For stored values, unscaled, of ``native_dtype``.
+        start : int
+            Number of the first of them, for messages.
+
+        Raises
+        ------
+        NiftiError
+            If the file ends early or its compression is damaged.
+        """
+        self._fill(block.view(self.header.dtype), start)
+        if not self.header.dtype.isnative:
+            block.byteswap(inplace=True)
 
     def _fill(self, block: Array, start: int) -> None:
         view = memoryview(cast("Any", block.reshape(-1).view(np.uint8)))
@@ -381,8 +408,14 @@ class RunReader:
         if done < len(view):
             raise self._cut_off(start + done // self.header.volume_bytes, None)
 
-    def _finish(self) -> None:
-        """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file."""
+    def finish(self) -> None:
+        """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file.
+
+        Raises
+        ------
+        NiftiError
+            If the compression is damaged.
+        """
         behind = 0
         try:
             while rest := self._stream.read(PIECE):
@@ -855,7 +888,7 @@ def _create(path: Path, *, compress: bool) -> Iterator[IO[bytes]]:
     with path.open("wb") as file:
         if compress:
             # No name and no time in the gzip header: the same values give the same file.
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=3, mtime=0) as stream:
+            with _gzip_file()(filename="", mode="wb", fileobj=file, compresslevel=2, mtime=0) as stream:
                 yield cast("IO[bytes]", stream)
         else:
             yield file

@@ -6,6 +6,7 @@ is in flight, never how the numbers are grouped, so that results are the same to
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -16,6 +17,8 @@ from chunkglm.errors import InputError, MemoryBudgetError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    Place = tuple[slice, slice, slice]
+
 MIB = 2**20
 
 TIME_BLOCK = 32
@@ -24,8 +27,8 @@ TIME_BLOCK = 32
 SLAB = 16
 """Slices in a chunk, where slices are not huge."""
 
-TIME_BLOCK_BYTES = 128 * MIB
-"""A block of whole volumes is what a conversion holds: fewer volumes where 32 would be more than this."""
+TIME_BLOCK_BYTES = 64 * MIB
+"""A block of whole volumes is what each thread of a conversion holds: fewer volumes where 32 would be more than this."""
 
 CHUNK_BYTES = 16 * MIB
 """The largest decoded chunk."""
@@ -123,8 +126,33 @@ def _power_of_two(limit: int) -> int:
     return 1 << max(int(limit).bit_length() - 1, 0)
 
 
+def voxel_blocks(shape: tuple[int, int, int], chunks: Chunks) -> list[Place]:
+    """Divide a volume into voxel blocks: the places of its chunks.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        ``(z, y, x)``.
+    chunks : Chunks
+
+    Returns
+    -------
+    list of tuple of slice
+        Along z, y, x; x changes fastest.
+    """
+    z, y, x = (
+        [slice(start, min(start + length, n)) for start in range(0, n, length)]
+        for n, length in zip(shape, chunks[1:], strict=True)
+    )
+    return list(itertools.product(z, y, x))
+
+
 def convert_memory(
-    shape: tuple[int, int, int, int], itemsize: int, stored_itemsize: int, n_threads: int, *, smooth: bool
+    shape: tuple[int, int, int, int],
+    itemsize: int,
+    n_threads: int,
+    *,
+    smoothed: tuple[int, int, int] | None = None,
 ) -> int:
     """Project the peak memory of converting a run, above the imports.
 
@@ -132,28 +160,28 @@ def convert_memory(
     ----------
     shape : tuple of int
         ``(time, z, y, x)``.
-    itemsize, stored_itemsize : int
-        Bytes of a value in the source and in the store.
+    itemsize : int
+        Bytes of a value in the source.
     n_threads : int
-        Threads that smooth volumes and compress chunks.
-    smooth : bool
-        Whether volumes are smoothed.
+        Threads that read, smooth and store blocks of volumes.
+    smoothed : tuple of int, optional
+        Shape of the part of a volume that is smoothed and stored as float32.
 
     Returns
     -------
     int
-        Bytes: while the run streams, two raw blocks (one is read while the other is stored), the smoothed block, the
-        sum over time, for each thread the volumes that it smooths and three copies of the slab that it compresses,
-        and what allocators keep, which was measured; after that the volumes that finding the mask needs. The larger
-        of both.
+        Bytes: while the run streams, for each thread a raw block, the smoothed block, a chunk and two more that it is
+        compressed to, and the sum over time; after that the volumes that finding the mask needs, the larger of both;
+        and what allocators keep, which was measured.
     """
-    chunks = bold_chunks(shape, stored_itemsize)
+    stored = 4 if smoothed else itemsize
+    chunks = bold_chunks(shape, stored)
     voxels = math.prod(shape[1:])
-    block = chunks.time * voxels
-    slab = chunks.time * chunks.z * shape[2] * shape[3]
-    smoothing = block * stored_itemsize + n_threads * 3 * 8 * voxels if smooth else 0
-    compressing = 3 * (n_threads + smooth) * slab * stored_itemsize
-    streaming = 2 * block * itemsize + 9 * voxels + smoothing + compressing
+    per_thread = chunks.time * voxels * itemsize + 3 * math.prod(chunks) * stored
+    if smoothed:
+        # A volume between the axes, in float64 at most, about the box.
+        per_thread += chunks.time * math.prod(smoothed) * stored + 8 * voxels + 2 * MIB
+    streaming = n_threads * per_thread + 9 * voxels
     masking = 8 * 8 * voxels
     return max(streaming, masking) + 32 * MIB
 

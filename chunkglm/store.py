@@ -14,6 +14,7 @@ elsewhere is sound in itself.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -23,8 +24,9 @@ import time
 from contextlib import contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
+import dask.array
 import google_crc32c
 import numpy as np
 import xarray as xr
@@ -32,12 +34,14 @@ import zarr
 import zarr.abc.store
 import zarr.core.sync
 import zarr.storage
+from dask.base import tokenize
 from dask.callbacks import Callback
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
-from chunkglm import grids, nifti, plan
+from chunkglm import chunkfiles, grids, nifti, plan
 from chunkglm._version import __version__
+from chunkglm.chunkfiles import PARTIAL, Entry
 from chunkglm.errors import (
     ChunkGLMError,
     DamagedStoreError,
@@ -62,12 +66,14 @@ if TYPE_CHECKING:
 
     StoreLike = str | os.PathLike[str]
 
+# dask annotates a part of what it exports.
+da: Any = dask.array
+
 ROOT = "zarr.json"
 SEAL = "chunkglm_seal"
 STUDY = "chunkglm_study"
 MANIFEST = "manifest"
 HEADER = "nifti"
-PARTIAL = ".partial"
 
 LARGEST_CHUNK = 2**30
 """Bytes; dask chunks that are larger are divided, because codecs take less than 2 GiB."""
@@ -76,13 +82,6 @@ _PACKAGES = ("dask", "nibabel", "numpy", "scipy", "xarray", "zarr")
 _OWN_ATTRS = (SEAL, "ome")
 _OWN_VARIABLES = (MANIFEST, HEADER)
 _MANIFEST_FILES = (f"{MANIFEST}/{ROOT}", f"{MANIFEST}/c/0")
-
-
-class Entry(NamedTuple):
-    """A file of a store in its manifest."""
-
-    size: int
-    crc32c: int
 
 
 # -------------------------------------------------------------------------------------------------- locations
@@ -363,6 +362,8 @@ def open_store(store: StoreLike) -> xr.Dataset:
     for variable in ds.variables.values():
         for key in ("chunks", "preferred_chunks", "shards"):
             variable.encoding.pop(key, None)
+    if not _is_url(checked.name):
+        ds = ds.assign({name: _read_directly(ds[name], str(name), checked) for name in ds.data_vars})
     small = [
         name
         for name, variable in ds.variables.items()
@@ -372,6 +373,89 @@ def open_store(store: StoreLike) -> xr.Dataset:
     ]
     # Not on the user's scheduler: opening is not computing.
     return ds.assign({name: ds[name].compute(scheduler="synchronous") for name in small})
+
+
+class StoredArray:
+    """An array of a local store, whose chunks are read without zarr, and checked.
+
+    Attributes
+    ----------
+    shape, dtype, ndim
+        Of the values, in physical units.
+    """
+
+    def __init__(
+        self, array: Any, name: str, store: _CheckedStore, scale: tuple[float, float] | None
+    ) -> None:
+        self.shape, self.ndim = array.shape, array.ndim
+        self.dtype = np.dtype(np.float64) if scale is not None else array.dtype
+        self._array, self._name, self._store, self._scale = array, name, store, scale
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return (self._store.__dask_tokenize__(), self._name)
+
+    def __getitem__(self, key: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+        place = self._within_a_chunk(key)
+        values = np.asarray(self._array[key]) if place is None else self._read(place[0])[place[1]]
+        if self._scale is not None:
+            # As xarray decodes it.
+            values = values.astype(np.float64)
+            values *= self._scale[0]
+            values += self._scale[1]
+        return values
+
+    def _within_a_chunk(self, key: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
+        """Index of the chunk that holds all that is asked for, and the place in it; None if none does."""
+        if len(key) != self.ndim:
+            return None
+        index, inside = [], []
+        for part, length, n in zip(key, self._array.chunks, self.shape, strict=True):
+            if isinstance(part, slice) and part.step in {None, 1}:
+                start, stop, _ = part.indices(n)
+                number = start // length
+                if not start < stop <= (number + 1) * length:
+                    return None
+                inside.append(slice(start - number * length, stop - number * length))
+            elif isinstance(part, int | np.integer) and 0 <= part < n:
+                number = int(part) // length
+                inside.append(int(part) - number * length)
+            else:
+                return None
+            index.append(number)
+        return tuple(index), tuple(inside)
+
+    def _read(self, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        key = _chunk_key(self._name, index)
+        path, entry = Path(self._store.name) / key, self._store.manifest.get(key)
+        try:
+            return chunkfiles.read_chunk(path, entry, self._array.chunks, self._array.dtype)
+        except chunkfiles.ChunkProblemError as error:
+            raise _damaged(self._store.name, [f"{key} {error}"]) from error
+
+
+def _chunk_key(name: str, index: tuple[int, ...]) -> str:
+    return "/".join([name, "c", *map(str, index)])
+
+
+def _read_directly(variable: xr.DataArray, name: str, store: _CheckedStore) -> xr.DataArray:
+    """Have the chunks of a large variable read without zarr; as it is where it is decoded in any unusual way."""
+    encoding = variable.encoding
+    if variable.chunks is None or not set(variable.dims) & set(SPACE):
+        return variable
+    array = cast("Any", zarr.open_array(cast("Any", store), path=name, mode="r"))
+    packing = nifti.source_packing(variable)
+    usual = array.dtype == variable.dtype if packing is None else variable.dtype == np.float64
+    codecs = array.metadata.codecs[1:]
+    if not usual or not chunkfiles.is_plain(array.dtype) or codecs != tuple(_compressors(array.dtype)):
+        return variable
+    if "_FillValue" in encoding and not np.isnan(encoding["_FillValue"]):
+        return variable
+    # Not from the packing, for which -0.0 is 0.0: that would turn -0.0 in the data into 0.0.
+    scale = None if packing is None else (encoding.get("scale_factor", 1.0), encoding.get("add_offset", -0.0))
+    stored = StoredArray(array, name, store, scale)
+    meta = np.empty((0,) * stored.ndim, dtype=stored.dtype)
+    data = da.from_array(stored, chunks=array.chunks, name=f"{name}-{tokenize(stored)}", meta=meta)
+    return variable.copy(data=data)
 
 
 def open_run(store: StoreLike) -> xr.Dataset:
@@ -509,7 +593,8 @@ class _RootLastStore(zarr.storage.WrapperStore[Any]):
             time.sleep(0.001)
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Write something, unless the store was given up."""
         with self._lock:
             if self._stopped:
                 raise StoreError("The store was given up; nothing is written to it any more.")
@@ -527,14 +612,14 @@ class _RootLastStore(zarr.storage.WrapperStore[Any]):
         if key == ROOT:
             self.root = value
             return
-        with self._writing():
+        with self.writing():
             await self._store.set(key, value)
 
     async def set_if_not_exists(self, key: str, value: Any) -> None:
         if key == ROOT:
             self.root = self.root if self.root is not None else value
             return
-        with self._writing():
+        with self.writing():
             await self._store.set_if_not_exists(key, value)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
@@ -549,6 +634,7 @@ class StoreWriter:
     def __init__(self, backend: zarr.abc.store.Store) -> None:
         self._backend = backend
         self._store = _RootLastStore(backend)
+        self._chunks: dict[str, tuple[int, ...]] = {}
 
     def create(self, ds: xr.Dataset, chunks: Mapping[str, tuple[int, ...]]) -> Any:
         """Write metadata, attributes and everything that is in memory.
@@ -569,6 +655,7 @@ class StoreWriter:
         InputError
             If Zarr has no form for something in it.
         """
+        self._chunks.update(chunks)
         encoding = {
             str(name): _encoding(variable, chunks.get(str(name))) for name, variable in ds.variables.items()
         }
@@ -596,6 +683,45 @@ class StoreWriter:
     def array(self, name: str) -> Any:
         """Open the zarr array of a variable, to write blocks to."""
         return zarr.open_array(self._store, path=name, mode="r+", config={"write_empty_chunks": True})
+
+    def write_chunk(self, name: str, index: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
+        """Write one chunk of an array.
+
+        Parameters
+        ----------
+        name : str
+            Of the array.
+        index : tuple of int
+            Of the chunk.
+        values : ndarray
+            In the dtype of the array; all of the chunk that lies in the array.
+        """
+        shape = self._chunks[name]
+        if isinstance(self._backend, zarr.storage.LocalStore):
+            with self._store.writing():
+                chunkfiles.write_chunk(self._backend.root / _chunk_key(name, index), values, shape)
+            return
+        starts = [i * length for i, length in zip(index, shape, strict=True)]
+        place = tuple(slice(start, start + n) for start, n in zip(starts, values.shape, strict=True))
+        self.array(name)[place] = values
+
+    def write_block(self, name: str, start: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
+        """Write a part of an array that is made of whole chunks.
+
+        Parameters
+        ----------
+        name : str
+            Of the array.
+        start : tuple of int
+            Where the part begins.
+        values : ndarray
+        """
+        shape = self._chunks[name]
+        numbers = [range(0, n, length) for n, length in zip(values.shape, shape, strict=True)]
+        for place in itertools.product(*numbers):
+            index = tuple((s + p) // length for s, p, length in zip(start, place, shape, strict=True))
+            part = values[tuple(slice(p, p + length) for p, length in zip(place, shape, strict=True))]
+            self.write_chunk(name, index, part)
 
     def finish(self, attrs: Mapping[str, Any]) -> None:
         """Write the manifest and then, last, the root with ``attrs`` added to its attributes."""
@@ -627,8 +753,14 @@ class StoreWriter:
 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
-    """Codecs after the bytes: see ``benchmarks/README.md`` for why these."""
-    return [BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=dtype.itemsize), Crc32cCodec()]
+    """Codecs after the bytes, those of :mod:`chunkglm.chunkfiles`."""
+    blosc = BloscCodec(
+        cname=cast("Any", chunkfiles.CNAME),
+        clevel=chunkfiles.CLEVEL,
+        shuffle=cast("Any", chunkfiles.SHUFFLE),
+        typesize=dtype.itemsize,
+    )
+    return [blosc, Crc32cCodec()]
 
 
 def _encoding(variable: xr.Variable, chunks: tuple[int, ...] | None) -> dict[str, Any]:
@@ -824,9 +956,8 @@ def save(
     """
     check_free(store, overwrite=overwrite)
     ds = savable(ds)
-    chunks = {str(name): _chunk_shape(variable) for name, variable in ds.variables.items() if variable.ndim}
     with writing(store, overwrite=overwrite) as writer:
-        pending = writer.create(ds, chunks)
+        pending = writer.create(ds, chunk_shapes(ds))
         with _Counting(progress) if progress else nullcontext():
             pending.compute()
         writer.finish({})
@@ -905,6 +1036,11 @@ def _is_uniform(chunks: tuple[tuple[int, ...], ...]) -> bool:
 
 def _largest(variable: xr.Variable) -> int:
     return int(np.prod([max(sizes) for sizes in variable.chunks or ()]) * variable.dtype.itemsize)
+
+
+def chunk_shapes(ds: xr.Dataset) -> dict[str, tuple[int, ...]]:
+    """Chunk shapes that the arrays of a dataset have in a store."""
+    return {str(name): _chunk_shape(variable) for name, variable in ds.variables.items() if variable.ndim}
 
 
 def _chunk_shape(variable: xr.Variable) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xarray as xr
 from dask.local import get_sync
-from scipy import stats
+from scipy import special
 
 from chunkglm.errors import InputError, StoreExistsError
 
@@ -332,11 +332,16 @@ def _response(onsets: FloatArray, duration: float, frames: FloatArray) -> FloatA
     undershoot at 15 s of a sixth of its area.
     """
     delay = np.arange(0, HRF_LENGTH, HRF_STEP)
-    impulse = stats.gamma.pdf(delay, 6) - stats.gamma.pdf(delay, 16) / 6
+    impulse = _gamma_density(delay, 6) - _gamma_density(delay, 16) / 6
     time = np.arange(0, frames[-1] + HRF_STEP, HRF_STEP)
     active = ((time >= onsets[:, None]) & (time < onsets[:, None] + duration)).any(axis=0)
     course = np.interp(frames, time, np.convolve(active, impulse)[: time.size])
     return np.asarray(course / np.abs(course).max(), dtype=np.float64)
+
+
+def _gamma_density(x: FloatArray, shape: float) -> FloatArray:
+    density: FloatArray = np.exp(special.xlogy(shape - 1, x) - x - special.gammaln(shape))
+    return density
 
 
 def _output_path(path: str | os.PathLike[str], *endings: str, overwrite: bool) -> Path:

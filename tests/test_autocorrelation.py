@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import joined
 from scipy import stats
 from scipy.signal import lfilter
 
@@ -102,7 +103,7 @@ def test_correction__ends_where_it_stops_rising():
 def test_correction__finds_the_coefficient_of_simulated_noise(rho):
     X = design(200, 16)
     basis = make_basis(X)
-    signal = remove_mean(accumulate([noise(200, 4000, rho)], basis, np.arange(4000)), basis)
+    signal = remove_mean(joined(accumulate([noise(200, 4000, rho)], basis, np.arange(4000))), basis)
     observed = glm.residual_autocorrelation(signal, basis)[0]
     found = ac.corrected(observed, ac.make_correction(basis))
     assert abs(found.mean() - rho) < 0.015
@@ -127,7 +128,7 @@ def false_positives(n, X, rho, correction, levels=(0.05, 0.001), n_voxels=40000)
     t = weights @ fit.beta / np.sqrt(fit.sigma2 * covariance)
     dof = n - basis.rank
     if correction is not None:
-        dof = glm.effective_dof(basis, weights[None], fit.rho, correction, dof)
+        (dof,) = glm.effective_dofs(basis, [weights[None]], fit.rho, correction, dof)
     p = 2 * stats.t.sf(np.abs(t), dof)
     return [float((p < level).mean()) for level in levels]
 

@@ -388,22 +388,21 @@ class _Forward:
 def test_the_file_is_read_once_in_bounded_blocks(tmp_path, monkeypatch, counted, name, fwhm):
     write_simulated_run(tmp_path / name, shape=(16, 18, 14), n_volumes=75)
     blocks = []
-    original = nifti.RunReader.blocks
+    original = nifti.RunReader.read
 
-    def watched(self, length):
-        for start, block in original(self, length):
-            blocks.append((start, len(block), length))
-            yield start, block
+    def watched(self, block, start):
+        blocks.append((start, len(block)))
+        original(self, block, start)
 
-    monkeypatch.setattr(nifti.RunReader, "blocks", watched)
+    monkeypatch.setattr(nifti.RunReader, "read", watched)
     run = convert(tmp_path / name, tmp_path / "run.zarr", smoothing_fwhm=fwhm)
     content = (tmp_path / name).read_bytes()
     assert counted == [[str(tmp_path / name), len(content), False]]
     assert run.attrs["source_sha256"] == hashlib.sha256(content).hexdigest()
     assert run.attrs["source_size"] == len(content)
     assert run.attrs["source_name"] == name
-    length = plan.bold_chunks((75, 14, 18, 16), 4 if fwhm else 2).time
-    assert blocks == [(0, 32, length), (32, 32, length), (64, 11, length)]
+    assert plan.bold_chunks((75, 14, 18, 16), 4 if fwhm else 2).time == 32
+    assert blocks == [(0, 32), (32, 32), (64, 11)]
 
 
 @pytest.mark.parametrize("dtype", ["int16", "float32", "uint64", "float64"])
@@ -477,13 +476,13 @@ def test_memory_stays_below_the_projection(tmp_path, name, budget, fwhm):
     statements = f"cg.convert({str(tmp_path / name)!r}, {str(tmp_path / 'run.zarr')!r}, memory={budget!r}, smoothing_fwhm={fwhm})"
     base, peak = peak_rss(statements, setup=setup)
     run_shape = (n_volumes, *shape[::-1])
-    stored = 2 if fwhm is None else 4
+    stored, smoothed = (2, None) if fwhm is None else (4, run_shape[1:])
     threads = [
         n
         for n in range(1, plan.available_cpus() + 1)
-        if plan.convert_memory(run_shape, 2, stored, n, smooth=fwhm is not None) <= plan.parse_memory(budget)
+        if plan.convert_memory(run_shape, 2, n, smoothed=smoothed) <= plan.parse_memory(budget)
     ]
-    projected = plan.convert_memory(run_shape, 2, stored, max(threads), smooth=fwhm is not None)
+    projected = plan.convert_memory(run_shape, 2, max(threads), smoothed=smoothed)
     assert peak - base < projected <= plan.parse_memory(budget)
     # That is less than the data, and the projection is of the right size.
     assert peak - base < 0.9 * math.prod(run_shape) * stored
@@ -495,7 +494,7 @@ def test_too_little_memory_is_refused_with_both_numbers(tmp_path):
     write_simulated_run(tmp_path / "run.nii", shape=(40, 48, 36), n_volumes=40)
     with pytest.raises(MemoryBudgetError, match=r"run\.nii.* MiB of memory .*5\.0 MiB are allowed") as caught:
         convert(tmp_path / "run.nii", tmp_path / "study.zarr" / "run-1", memory="5MiB")
-    needed = plan.convert_memory((40, 36, 48, 40), 2, 2, 1, smooth=False)
+    needed = plan.convert_memory((40, 36, 48, 40), 2, 1)
     assert plan.format_bytes(needed) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run.nii"]
     convert(tmp_path / "run.nii", tmp_path / "study.zarr" / "run-1", memory=needed)

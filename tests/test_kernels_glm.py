@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import statsmodels.api as sm
 from nilearn.glm.regression import ARModel
+from oracles import joined
 
 from chunkglm.kernels.basis import make_basis, reference_rank
 from chunkglm.kernels.combine import combine_runs
@@ -97,7 +98,7 @@ def fit_in_blocks(X, y, rho, sizes, dof):
     basis = make_basis(X)
     stops = np.cumsum(sizes)
     blocks = (y[stop - size : stop] for size, stop in zip(sizes, stops, strict=True))
-    sums = accumulate(blocks, basis, np.arange(y.shape[1]))
+    sums = joined(accumulate(blocks, basis, np.arange(y.shape[1])))
     signal = scale_signal(remove_mean(sums, basis), basis, np.ones(y.shape[1]), np.zeros(y.shape[1]))
     return basis, signal, fit_at(signal, basis, rho[None], dof)
 

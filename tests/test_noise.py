@@ -6,6 +6,7 @@ import statsmodels.api as sm
 from hypothesis import given
 from hypothesis import strategies as st
 from nilearn.glm.regression import ARModel
+from oracles import joined
 from scipy.optimize import least_squares
 from scipy.signal import lfilter
 from scipy.special import polygamma
@@ -52,7 +53,7 @@ def signal_of(basis, y, sizes=(None,)):
         blocks.append(y[start:stop])
         start = stop
     n = y.shape[1]
-    sums = accumulate(iter(blocks), basis, np.arange(n))
+    sums = joined(accumulate(iter(blocks), basis, np.arange(n)))
     return scale_signal(remove_mean(sums, basis), basis, np.ones(n), np.zeros(n))
 
 
@@ -441,18 +442,18 @@ def test_effective_dof__is_the_formula_and_belongs_to_the_space_of_rows():
     rho = np.array([[0.1, 0.4, 0.8, np.nan]])
     c = np.zeros((1, 16))
     c[0, :2] = 1, -1
-    got = glm.effective_dof(basis, c, rho, table, 104)
+    got = glm.effective_dofs(basis, [c], rho, table, 104)[0]
     lower, upper, residual = ac.spread(rho, table)
     ratio = glm.contrast_covariance(basis, c, upper) / glm.contrast_covariance(basis, c, lower)
     np.testing.assert_allclose(got, 2 / (2 / 104 + (np.log(ratio[0, 0]) / 2 + residual[0]) ** 2))
     assert (got[:3] < 104).all()
     assert np.isnan(got[3])
-    np.testing.assert_allclose(glm.effective_dof(basis, -7 * c, rho, table, 104), got)
+    np.testing.assert_allclose(glm.effective_dofs(basis, [-7 * c], rho, table, 104)[0], got)
     rows = np.eye(16)[:3]
     mixed = np.random.default_rng(0).standard_normal((3, 3)) @ rows
     np.testing.assert_allclose(
-        glm.effective_dof(basis, mixed, rho, table, 104),
-        glm.effective_dof(basis, rows, rho, table, 104),
+        glm.effective_dofs(basis, [mixed], rho, table, 104)[0],
+        glm.effective_dofs(basis, [rows], rho, table, 104)[0],
         rtol=1e-9,
     )
 
@@ -466,7 +467,7 @@ def test_effective_dof__is_that_of_simulated_variances():
     fit = glm.fit_voxels([noise(200, 6000, [0.5])], np.arange(6000), model)
     for c in np.eye(16)[[0, 3, 9]]:
         variance = fit.sigma2 * glm.contrast_covariance(basis, c[None], fit.rho)[0, 0]
-        nu = glm.effective_dof(basis, c[None], np.array([[0.5]]), table, 184).item()
+        nu = glm.effective_dofs(basis, [c[None]], np.array([[0.5]]), table, 184)[0].item()
         assert np.sqrt(polygamma(1, nu / 2)) == pytest.approx(np.log(variance).std(), rel=0.1)
 
 
@@ -586,7 +587,7 @@ def test_effective_dof__of_higher_orders_is_the_formula(q, kept):
     basis = make_basis(design(120), mask, order=2)
     frequencies = un.make_frequencies(basis)
     rows, rho = np.eye(16)[:q], np.array([[0.4, 0.1, np.nan], [0.2, -0.3, 0.1]])
-    got = glm.effective_dof(basis, rows, rho, frequencies, 104)
+    got = glm.effective_dofs(basis, [rows], rho, frequencies, 104)[0]
 
     def log_determinant(at):
         return np.linalg.slogdet(glm.contrast_covariance(basis, rows, at[:, None])[..., 0])[1] / q
@@ -601,7 +602,9 @@ def test_effective_dof__of_higher_orders_is_the_formula(q, kept):
         assert got[v] < 104
     assert np.isnan(got[2])
     many = np.repeat(rho[:, :1], glm.SOLVE_TILE + 3, axis=1)
-    np.testing.assert_allclose(glm.effective_dof(basis, rows, many, frequencies, 104), got[0], rtol=1e-10)
+    np.testing.assert_allclose(
+        glm.effective_dofs(basis, [rows], many, frequencies, 104)[0], got[0], rtol=1e-10
+    )
 
 
 def test_effective_dof__of_higher_orders_is_that_of_simulated_variances():
@@ -611,6 +614,6 @@ def test_effective_dof__of_higher_orders_is_that_of_simulated_variances():
     for c in np.eye(16)[[0, 9]]:
         variance = fit.sigma2 * glm.contrast_covariance(basis, c[None], fit.rho)[0, 0]
         truth = np.array([[0.4], [0.2]])
-        nu = glm.effective_dof(basis, c[None], truth, un.make_frequencies(basis), 184).item()
+        nu = glm.effective_dofs(basis, [c[None]], truth, un.make_frequencies(basis), 184)[0].item()
         # The logarithm of chi-square on nu degrees of freedom has the variance trigamma(nu / 2).
         assert np.sqrt(polygamma(1, nu / 2)) == pytest.approx(np.log(variance).std(), rel=0.25)

@@ -118,18 +118,28 @@ def test_chunks_do_not_depend_on_memory(tmp_path):
 @settings(max_examples=200)
 @given(SHAPES, ITEMSIZES, st.integers(1, 64), st.booleans())
 def test_projected_memory_holds_the_blocks_and_grows_with_threads(shape, itemsize, n_threads, smooth):
-    stored = 4 if smooth else itemsize
-    needed = plan.convert_memory(shape, itemsize, stored, n_threads, smooth=smooth)
-    chunks = plan.bold_chunks(shape, stored)
+    smoothed = shape[1:] if smooth else None
+    needed = plan.convert_memory(shape, itemsize, n_threads, smoothed=smoothed)
+    chunks = plan.bold_chunks(shape, 4 if smooth else itemsize)
     voxels = math.prod(shape[1:])
-    assert needed >= 2 * chunks.time * voxels * itemsize + 8 * voxels
-    assert needed >= plan.convert_memory(shape, itemsize, stored, n_threads - 1, smooth=smooth)
+    assert needed >= n_threads * chunks.time * voxels * (itemsize + 4 * smooth) + 8 * voxels
+    assert needed >= plan.convert_memory(shape, itemsize, n_threads - 1, smoothed=smoothed)
     # It does not depend on the number of volumes beyond a block.
-    longer = (shape[0] + 10_000, *shape[1:])
-    longest = (shape[0] + 20_000, *shape[1:])
-    assert plan.convert_memory(longer, itemsize, stored, n_threads, smooth=smooth) == plan.convert_memory(
-        longest, itemsize, stored, n_threads, smooth=smooth
+    long, longer = (
+        plan.convert_memory((n, *shape[1:]), itemsize, n_threads, smoothed=smoothed) for n in (10_000, 20_000)
     )
+    assert long == longer
+
+
+@given(st.tuples(*[st.integers(1, 60)] * 3), st.tuples(st.just(8), *[st.integers(1, 60)] * 3))
+def test_voxel_blocks_cover_the_volume_once_in_the_order_of_chunks(shape, chunks):
+    seen = np.zeros(shape, dtype=int)
+    places = plan.voxel_blocks(shape, plan.Chunks(*chunks))
+    for place in places:
+        seen[place] += 1
+        assert all(part.stop - part.start <= most for part, most in zip(place, chunks[1:], strict=True))
+    assert (seen == 1).all()
+    assert places == sorted(places, key=lambda place: [part.start for part in place])
 
 
 @given(st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 64))

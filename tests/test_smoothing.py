@@ -3,11 +3,15 @@
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from nilearn.image import smooth_img
+from oracles import convolved
+from oracles import smoothed as smoothed_by_kernel
 
 from chunkglm import convert
 from chunkglm.errors import InputError
-from chunkglm.kernels.smoothing import sigma_voxels, smooth_volume
+from chunkglm.kernels.smoothing import make_smoother, sigma_voxels
 
 RNG = np.random.default_rng(5)
 ISOTROPIC = np.diag([3.0, 3.0, 3.0, 1.0])
@@ -37,13 +41,15 @@ def smoothed(path, tmp_path, mask, fwhm, **options):
     "affine", [ISOTROPIC, ANISOTROPIC, OBLIQUE], ids=["isotropic", "anisotropic", "oblique"]
 )
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "uint16", "int32", "float32"])
-def test_equals_the_reference_bit_for_bit(tmp_path, affine, dtype):
+def test_equals_the_reference(tmp_path, affine, dtype):
     data = RNG.integers(0, 200, (9, 8, 7, 35)).astype(dtype)
     mask = write(tmp_path / "run.nii", data, affine, dtype)
     run, got = smoothed(tmp_path / "run.nii", tmp_path, mask, 5.0)
     expected = smooth_img(tmp_path / "run.nii", 5.0).get_fdata(dtype=np.float32)
     assert run["bold"].dtype == np.float32
-    np.testing.assert_array_equal(got, expected)
+    # Where a sum lies next to the middle of two values of float32, its last bit in float64 decides on the rounding.
+    np.testing.assert_allclose(got, expected, rtol=2.5e-7)
+    assert (got != expected).mean() < 1e-3
     assert np.abs(got - data).max() > 10  # it did smooth
 
 
@@ -88,7 +94,8 @@ def test_real_recording(real_data, tmp_path):
     mask = source.with_name("sub-01_task-objectviewing_desc-brain_mask.nii.gz")
     _, got = smoothed(source, tmp_path, mask, 5.0)
     expected = smooth_img(source, 5.0).get_fdata()
-    np.testing.assert_allclose(got, expected, rtol=3e-7)
+    inside = np.asarray(nib.load(mask).dataobj) != 0
+    np.testing.assert_allclose(got[inside], expected[inside], rtol=3e-7)
 
 
 def test_smoothing_is_written_down(tmp_path):
@@ -112,12 +119,45 @@ def test_widths_that_cannot_be_right(tmp_path, fwhm):
 def test_kernel_leaves_its_input_and_flat_axes_alone():
     volume = RNG.normal(size=(4, 5, 6))
     before = volume.copy()
-    out = smooth_volume(volume, (0.0, 1.0, 0.0))
+    out = smoothed_by_kernel(volume, (0.0, 1.0, 0.0))
     np.testing.assert_array_equal(volume, before)
     # Only y is smoothed, and the mean over it stays with reflected borders.
     np.testing.assert_allclose(out.mean(axis=1), volume.mean(axis=1), rtol=0, atol=1e-12)
     assert not np.allclose(out, volume)
-    np.testing.assert_array_equal(smooth_volume(volume, (0.0, 0.0, 0.0)), volume)
+    np.testing.assert_array_equal(smoothed_by_kernel(volume, (0.0, 0.0, 0.0)), volume)
     assert sigma_voxels(5.0, (2.0, 4.0)) == pytest.approx(
         (5 / 2.354820045 / 2, 5 / 2.354820045 / 4), rel=1e-9
     )
+
+
+SIGMAS = st.tuples(*[st.sampled_from([0.0, 0.3, 0.9, 1.7, 4.0])] * 3)
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 3), SIGMAS, st.sampled_from(["int16", "float32", "float64"]))
+def test_kernel_equals_convolution_with_reflected_borders(shape, sigma, dtype):
+    volume = np.random.default_rng(shape).normal(100, 20, shape).astype(dtype)
+    got, expected = smoothed_by_kernel(volume, sigma), convolved(volume, sigma)
+    assert got.dtype == expected.dtype
+    np.testing.assert_allclose(got, expected, rtol=2e-7 if got.dtype == np.float32 else 1e-13)
+
+
+@given(st.tuples(*[st.integers(1, 40)] * 3), SIGMAS, st.data())
+def test_kernel_makes_a_box_as_it_makes_the_whole(shape, sigma, data):
+    volume = np.random.default_rng(shape).normal(100, 20, shape)
+    starts = [data.draw(st.integers(0, n - 1)) for n in shape]
+    box = tuple(
+        slice(start, data.draw(st.integers(start + 1, n))) for start, n in zip(starts, shape, strict=True)
+    )
+    got = smoothed_by_kernel(volume, sigma, box=box)
+    np.testing.assert_allclose(got, convolved(volume, sigma)[box], rtol=1e-13)
+    # What lies beyond the reach of the kernel is not looked at.
+    window = make_smoother(shape, sigma, volume.dtype, box=box).window
+    other = np.full(shape, np.nan)
+    other[window] = volume[window]
+    np.testing.assert_array_equal(smoothed_by_kernel(other, sigma, box=box), got)
+
+
+def test_kernel_does_not_round_scaled_values():
+    volume = RNG.integers(0, 20000, (9, 8, 7)).astype(np.int16)
+    got = smoothed_by_kernel(volume, (1.0, 1.2, 0.8), slope=0.37, intercept=-100.0)
+    np.testing.assert_allclose(got, convolved(volume * 0.37 - 100.0, (1.0, 1.2, 0.8)), rtol=1e-13)

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.polynomial.polynomial import polyval
 from scipy.fft import irfft, rfft
-from scipy.signal import lfilter
 
 from chunkglm.kernels.basis import shift_both
 from chunkglm.kernels.precision import make_precision, normal_matrix
@@ -295,9 +294,10 @@ def _residual_variance(basis: Basis, rho: Floats, used: Floats) -> Floats:
 
 
 def _correlate(c: float, Z: Floats) -> Floats:
-    """V Z with V_ij = c^|i - j|: a filter forwards and one backwards."""
-    forwards = lfilter([1.0], [1.0, -c], Z, axis=0)
-    out: Floats = forwards + lfilter([1.0], [1.0, -c], Z[::-1], axis=0)[::-1] - Z
+    """V Z with V_ij = c^|i - j|: a convolution."""
+    n = len(Z)
+    kernel = c ** np.abs(np.fft.fftfreq(2 * n, 1 / (2 * n)).round())
+    out: Floats = irfft(rfft(Z, 2 * n, axis=0) * rfft(kernel)[:, None], 2 * n, axis=0)[:n]
     return out
 
 

@@ -43,7 +43,7 @@ from chunkglm.kernels.sums import VOXEL_TILE, accumulate, quiet, remove_mean, sc
 from chunkglm.kernels.uncertainty import coefficient_covariance
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -177,36 +177,48 @@ def _solve(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:
     return substitute_back(factor, factor[r]), total - np.einsum("rv,rv->v", factor[r], factor[r])
 
 
-@quiet
 def contrast_covariance(basis: Basis, weights: Floats, rho: Floats) -> Floats:
-    """Compute the covariance of contrasts in units of sigma2: ``C (X' V^-1 X)^+ C'``.
+    """Compute the covariance of one contrast: see :func:`contrast_covariances`."""
+    (covariance,) = contrast_covariances(basis, [weights], rho)
+    return covariance
+
+
+@quiet
+def contrast_covariances(basis: Basis, weights: Sequence[Floats], rho: Floats) -> list[Floats]:
+    """Compute the covariances of contrasts in units of sigma2: ``C (X' V^-1 X)^+ C'``.
 
     Parameters
     ----------
     basis : Basis
         Of order N.
-    weights : ndarray, shape (q, P)
+    weights : sequence of ndarray, shape (q, P)
         Of contrasts that the design can estimate.
     rho : ndarray, shape (N, ...)
 
     Returns
     -------
-    ndarray, shape (q, q, ...)
+    list of ndarray, shape (q, q, ...)
         For N = 0, (q, q).
     """
-    rotated = weights @ basis.to_beta
-    q, r = rotated.shape
+    rotated = [one @ basis.to_beta for one in weights]
     if basis.order == 0:
-        return rotated @ rotated.T
+        return [one @ one.T for one in rotated]
     flat = rho.reshape(basis.order, -1)
-    if basis.order == 1 and basis.gapless:
-        out = _covariance_ar1(basis, rotated, flat[0])
-    else:
-        out = np.empty((q, q, flat.shape[1]))
-        for start in range(0, flat.shape[1], SOLVE_TILE):
-            factor = _factor_of(basis, rotated, flat[:, start : start + SOLVE_TILE])[r:]
-            out[..., start : start + SOLVE_TILE] = np.einsum("irv,jrv->ijv", factor, factor)
-    return out.reshape(q, q, *rho.shape[1:])
+    solve = _covariances_ar1 if basis.order == 1 and basis.gapless else _covariances
+    out = [np.empty((len(one), len(one), flat.shape[1])) for one in rotated]
+    size = VOXEL_TILE if solve is _covariances_ar1 else SOLVE_TILE
+    for start in range(0, flat.shape[1], size):
+        tile = slice(start, start + size)
+        for target, found in zip(out, solve(basis, rotated, flat[:, tile]), strict=True):
+            target[..., tile] = found
+    return [one.reshape(*one.shape[:2], *rho.shape[1:]) for one in out]
+
+
+def _covariances(basis: Basis, rotated: Sequence[Floats], rho: Floats) -> list[Floats]:
+    """For any noise: the matrix is factorised once for all contrasts."""
+    below = _factor_of(basis, np.concatenate(rotated), rho)[basis.rank :]
+    places = np.cumsum([len(one) for one in rotated])[:-1]
+    return [np.einsum("irv,jrv->ijv", rows, rows) for rows in np.split(below, places)]
 
 
 def _factor_of(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
@@ -215,18 +227,22 @@ def _factor_of(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
     return factorise(np.concatenate([normal_matrix(basis, make_precision(basis, rho)), below]))
 
 
-def _covariance_ar1(basis: Basis, rotated: Floats, rho: Floats) -> Floats:
-    rho2 = rho**2
-    direct, mixed, tail = (
-        np.zeros((*shape, len(rho))) for shape in ((len(rotated),) * 2, (len(rotated),), ())
-    )
-    # A loop over regressors, not voxels: scratch stays at the size of a map.
-    for v, l_i, q_i in zip(rotated.T, np.diagonal(basis.cross[0]), basis.near_rows[-1], strict=True):
-        inverse = 1 / (1 + rho2 - rho * l_i)
-        direct += np.multiply.outer(v[:, None] * v, inverse)
-        mixed += np.multiply.outer(v * q_i, inverse)
-        tail += q_i * q_i * inverse
-    return direct + mixed[:, None] * mixed * (rho2 / (1 - rho2 * tail))
+def _covariances_ar1(basis: Basis, rotated: Sequence[Floats], rho: Floats) -> list[Floats]:
+    """For AR(1) without gaps: with D diagonal, C D^-1 C' and its correction are sums over regressors, one product for all."""
+    rho2 = rho[0] ** 2
+    inverse = 1 / (1 + rho2 - rho * np.diagonal(basis.cross[0])[:, None])
+    q = basis.near_rows[-1]
+    tail = (q * q) @ inverse
+    scale = rho2 / (1 - rho2 * tail)
+    out = []
+    for C in rotated:
+        n = len(C)
+        mixed = (C * q) @ inverse
+        direct = (C[:, None] * C).reshape(n * n, -1) @ inverse
+        covariance = direct.reshape(n, n, -1)
+        covariance += mixed[:, None] * mixed * scale
+        out.append(covariance)
+    return out
 
 
 @quiet
@@ -253,17 +269,21 @@ def whitener(covariance: Floats) -> Floats:
 
 
 @quiet
-def effective_dof(
-    basis: Basis, weights: Floats, rho: Floats, uncertainty: Correction | Frequencies, dof: float
-) -> Floats:
+def effective_dofs(
+    basis: Basis,
+    weights: Sequence[Floats],
+    rho: Floats,
+    uncertainty: Correction | Frequencies,
+    dof: float,
+) -> list[Floats]:
     r"""Degrees of freedom of contrasts under autoregressive noise whose coefficients are estimated.
 
     Parameters
     ----------
     basis : Basis
         Of order N.
-    weights : ndarray, shape (q, P)
-        Of contrasts that the design can estimate, linearly independent.
+    weights : sequence of ndarray, shape (q, P)
+        Of contrasts that the design can estimate, the rows of each linearly independent.
     rho : ndarray, shape (N, ...)
     uncertainty : Correction or Frequencies
         Of the coefficients: the table for N = 1, what the design leaves of each frequency for more.
@@ -272,7 +292,7 @@ def effective_dof(
 
     Returns
     -------
-    ndarray, shape (...)
+    list of ndarray, shape (...)
         At most ``dof``.
 
     Notes
@@ -288,21 +308,28 @@ def effective_dof(
     :math:`\delta^2 = \nabla f' \Sigma \nabla f` with their covariance :math:`\Sigma` (see
     :mod:`chunkglm.kernels.autocorrelation` and :mod:`chunkglm.kernels.uncertainty`).
     """
+    n_rows = [len(one) for one in weights]
     if isinstance(uncertainty, Correction):
         lower, upper, residual = spread(rho, uncertainty)
-        above, below = (_log_determinant(contrast_covariance(basis, weights, one)) for one in (upper, lower))
-        variance = ((above - below) / (2 * len(weights)) + residual[0]) ** 2
+        above, below = (contrast_covariances(basis, weights, one) for one in (upper, lower))
+        slopes = [
+            (_log_determinant(a) - _log_determinant(b)) / (2 * q)
+            for a, b, q in zip(above, below, n_rows, strict=True)
+        ]
+        variances = [(slope + residual[0]) ** 2 for slope in slopes]
     else:
         flat = rho.reshape(len(rho), -1)
-        variance = np.empty(flat.shape[1])
+        variances = [np.empty(flat.shape[1]) for _ in weights]
         for start in range(0, flat.shape[1], SOLVE_TILE):
             tile = flat[:, start : start + SOLVE_TILE]
             covariance, slope = coefficient_covariance(tile, uncertainty)
-            gradient = _log_determinant_slope(basis, weights, tile) / len(weights) + slope
-            variance[start : start + SOLVE_TILE] = np.einsum("iv,vij,jv->v", gradient, covariance, gradient)
-        variance = variance.reshape(rho.shape[1:])
-    out: Floats = 2 / (2 / dof + variance)
-    return out
+            for variance, one in zip(variances, weights, strict=True):
+                gradient = _log_determinant_slope(basis, one, tile) / len(one) + slope
+                variance[start : start + SOLVE_TILE] = np.einsum(
+                    "iv,vij,jv->v", gradient, covariance, gradient
+                )
+        variances = [variance.reshape(rho.shape[1:]) for variance in variances]
+    return [2 / (2 / dof + variance) for variance in variances]
 
 
 def _log_determinant_slope(basis: Basis, weights: Floats, rho: Floats) -> Floats:
@@ -458,23 +485,40 @@ def fit_voxels(
     -------
     Estimates
     """
+    return fit_sums(accumulate(blocks, model.basis, voxels, finite=model.reference_rules), model, run_mean)
+
+
+@quiet
+def fit_sums(tiles: Sequence[Sums], model: Model, run_mean: float = np.nan) -> Estimates:
+    """Fit a run from the sums of its data.
+
+    Parameters
+    ----------
+    tiles : sequence of Sums
+        Of all voxels, in order. They are used up.
+    model : Model
+    run_mean : float
+        Mean over the mask and time, for the scaling "run".
+
+    Returns
+    -------
+    Estimates
+    """
     basis = model.basis
-    V = len(voxels)
-    sums = accumulate(blocks, basis, voxels, finite=model.reference_rules)
+    sizes = [len(sums.squares) for sums in tiles]
+    places = [slice(stop - size, stop) for size, stop in zip(sizes, np.cumsum(sizes).tolist(), strict=True)]
+    V = sum(sizes)
     beta, sigma2, observed = np.empty((len(basis.to_beta), V)), np.empty(V), np.empty((basis.order, V))
-    tiles = [(start, slice(start, start + VOXEL_TILE)) for start in range(0, V, VOXEL_TILE)]
-    if basis.order:
-        for start, tile in tiles:
-            signal, _ = _scaled(sums.tile(start), model, run_mean)
-            observed[:, tile] = residual_autocorrelation(signal, basis)
+    n_unscaled, signals = 0, []
+    for sums, tile in zip(tiles, places, strict=True):
+        signal, lost = _scaled(sums, model, run_mean)
+        signals.append(signal)
+        n_unscaled += lost
+        observed[:, tile] = residual_autocorrelation(signal, basis)
     # Of all voxels together: the few that need more steps than others would cost every tile these steps.
     rho, at_limit = estimate_noise(observed, model)
-    n_unscaled = 0
-    for start, tile in tiles:
-        # In tiles, because solving needs several times the memory of the sums.
-        signal, lost = _scaled(sums.tile(start), model, run_mean)
+    for signal, tile in zip(signals, places, strict=True):
         beta[:, tile], sigma2[tile] = fit_at(signal, basis, rho[:, tile], model.dof)
-        n_unscaled += lost
     return Estimates(beta, sigma2, rho, at_limit, n_unscaled)
 
 
@@ -522,14 +566,13 @@ def information_criteria(
     """
     basis = model.basis
     n, N = basis.n_kept, basis.order
-    sums = accumulate(blocks, basis, voxels)
     inverse = np.linalg.pinv(G[:, : N + 1])
-    out = np.empty((N + 1, len(voxels)))
-    for start in range(0, len(voxels), VOXEL_TILE):
-        signal, _ = _scaled(sums.tile(start), model, run_mean)
+    out = []
+    for sums in accumulate(blocks, basis, voxels):
+        signal, _ = _scaled(sums, model, run_mean)
         observed = residual_autocorrelation(signal, basis)
         lags = inverse @ np.concatenate([np.ones((1, observed.shape[1])), observed])
         left = durbin(lags[1:] / lags[0]).left
         penalty = np.log(n) * np.arange(N + 1)
-        out[:, start : start + VOXEL_TILE] = n * np.log(left) + penalty[:, None]
-    return out
+        out.append(n * np.log(left) + penalty[:, None])
+    return np.concatenate(out, axis=1)

@@ -10,9 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import ndimage
 
-from chunkglm.kernels.smoothing import sigma_voxels, smooth_volume
+from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels, smooth_volume
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,6 +21,27 @@ LOWER, UPPER = 0.2, 0.85
 
 OPENING = 2
 """Iterations of erosion."""
+
+
+def box_of(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    """The smallest box that holds a mask.
+
+    Parameters
+    ----------
+    mask : ndarray of bool, shape (z, y, x)
+        Not empty.
+
+    Returns
+    -------
+    tuple of slice
+        Along z, y, x.
+    """
+    parts = []
+    for axis in range(3):
+        (inside,) = np.nonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        parts.append(slice(int(inside[0]), int(inside[-1]) + 1))
+    z, y, x = parts
+    return z, y, x
 
 
 def epi_mask(mean: NDArray[Any]) -> NDArray[np.bool_]:
@@ -37,9 +57,14 @@ def epi_mask(mean: NDArray[Any]) -> NDArray[np.bool_]:
     ndarray of bool, shape (z, y, x)
         All False where nothing was found.
     """
+    from scipy import ndimage  # noqa: PLC0415  (where a mask is given, it is not needed)
+
+    values = np.asarray(np.where(np.isfinite(mean), mean, 0), dtype=np.float64)
     # A width of one voxel, whatever the voxel size.
-    image = np.asarray(np.where(np.isfinite(mean), mean, 0), dtype=np.float64)
-    image = smooth_volume(image, sigma_voxels(1.0, (1.0, 1.0, 1.0)))
+    n_z, n_y, n_x = values.shape
+    smoother = make_smoother((n_z, n_y, n_x), sigma_voxels(1.0, (1.0, 1.0, 1.0)), values.dtype)
+    image = np.empty_like(values)
+    smooth_volume(values, smoother, make_scratch(smoother), image)
     image[np.isnan(mean)] = 0
     mask = image >= _threshold(np.sort(image, axis=None))
     mask = ndimage.binary_erosion(mask, iterations=OPENING)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-VOXEL_TILE = 1024
+VOXEL_TILE = 2048
 """Voxels that are accumulated at a time: their samples and sums stay in the cache."""
 
 NO_VARIANCE = 16 * np.finfo(np.float64).eps
@@ -59,15 +59,85 @@ class Sums(NamedTuple):
     newest: Floats
     shift: Floats
 
-    def tile(self, start: int, size: int = VOXEL_TILE) -> Sums:
+    def tile(self, start: int, size: int) -> Sums:
         """Views of the sums of ``size`` voxels, the first of them ``start``."""
         return Sums(*(values[..., start : start + size] for values in self))
 
 
-@quiet
+class Accumulator:
+    """The sums of some voxels of a run, while its blocks come in.
+
+    Parameters
+    ----------
+    basis : Basis
+    voxels : ndarray of int, shape (V,)
+        Numbers of the voxels in a raveled volume.
+    finite : bool
+        Count non-finite values as 0, as the reference does. Otherwise they make their voxel NaN, unless their
+        volume is censored.
+    """
+
+    def __init__(self, basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False) -> None:
+        self._basis, self._finite = basis, finite
+        self._voxels = [voxels[start : start + VOXEL_TILE] for start in range(0, len(voxels), VOXEL_TILE)]
+        self._tiles = [_zeros(basis, len(some)) for some in self._voxels]
+        self._done = self._centred = 0
+
+    @quiet
+    def add(self, block: NDArray[Any]) -> None:
+        """Add the next volumes.
+
+        Parameters
+        ----------
+        block : ndarray, shape (n, ...)
+            Any real dtype.
+        """
+        n, basis, done = len(block), self._basis, self._done
+        if n == 0:
+            return
+        flat = block.reshape(n, -1)
+        part = slice(done, done + n)
+        # Where the design has fewer rows, that is said at the end.
+        rows = np.ascontiguousarray(basis.rows[:, part])
+        kept = basis.kept[part]
+        n = len(kept)
+        begins = bool(kept.any()) and not basis.kept[:done].any()
+        near = np.flatnonzero((basis.near >= done) & (basis.near < done + n))
+        taken = np.empty(n * VOXEL_TILE, dtype=flat.dtype)
+        y = np.empty(n * VOXEL_TILE)
+        for voxels, tile in zip(self._voxels, self._tiles, strict=True):
+            shape = n, len(voxels)
+            values = _gather(flat[:n], voxels, taken, y, finite=self._finite).reshape(shape)
+            if begins:
+                tile.shift[:] = values[kept].mean(axis=0)
+            values -= tile.shift
+            values[~kept] = 0
+            tile.near[near] = values[basis.near[near] - done]
+            _add(tile, values, rows)
+        self._done += len(block)
+        if self._done >= 2 * self._centred and basis.kept[: self._done].any():
+            if self._centred:
+                _recentre(self._tiles, basis, self._done)
+            self._centred = self._done
+
+    def sums(self) -> list[Sums]:
+        """The sums, ``VOXEL_TILE`` voxels after ``VOXEL_TILE`` voxels, once every block was added.
+
+        Raises
+        ------
+        ValueError
+            If the volumes were not as many as the rows of the design.
+        """
+        if self._done != self._basis.rows.shape[1]:
+            raise ValueError(
+                f"The blocks hold {self._done} volumes and the design {self._basis.rows.shape[1]}."
+            )
+        return self._tiles
+
+
 def accumulate(
     blocks: Iterable[NDArray[Any]], basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False
-) -> Sums:
+) -> list[Sums]:
     """Accumulate the sums of some voxels over the blocks of a run.
 
     Parameters
@@ -77,65 +147,53 @@ def accumulate(
         is taken.
     basis : Basis
     voxels : ndarray of int, shape (V,)
-        Numbers of the voxels in a raveled volume.
     finite : bool
-        Count non-finite values as 0, as the reference does. Otherwise they make their voxel NaN, unless their
-        volume is censored.
+        See :class:`Accumulator`.
 
     Returns
     -------
-    Sums
+    list of Sums
+        Of ``VOXEL_TILE`` voxels each, in order.
 
     Raises
     ------
     ValueError
         If the volumes are not as many as the rows of the design.
     """
-    V, N = len(voxels), basis.order
-    shapes = ((len(basis.rows), V), (V,), (N, V), (len(basis.near), V), (N, V), (V,))
-    sums = Sums(*(np.zeros(shape) for shape in shapes))
-    done = centred = 0
+    accumulator = Accumulator(basis, voxels, finite=finite)
     for block in blocks:
-        n = len(block)
-        if n == 0:
-            continue
-        flat = block.reshape(n, -1)
-        part = slice(done, done + n)
-        rows, kept = np.ascontiguousarray(basis.rows[:, part]), basis.kept[part]
-        begins = bool(kept.any()) and not basis.kept[:done].any()
-        near = np.flatnonzero((basis.near >= done) & (basis.near < done + n))
-        for start in range(0, V, VOXEL_TILE):
-            y = samples(flat, voxels[start : start + VOXEL_TILE], finite=finite)
-            tile = sums.tile(start)
-            if begins:
-                tile.shift[:] = y[kept].mean(axis=0)
-            y -= tile.shift
-            y[~kept] = 0
-            tile.near[near] = y[basis.near[near] - done]
-            _add(tile, y, rows)
-        done += n
-        # The next block is made before these names are bound to it.
-        del block, flat
-        if done >= 2 * centred and basis.kept[:done].any():
-            if centred:
-                _recentre(sums, basis, done)
-            centred = done
-    if done != basis.rows.shape[1]:
-        raise ValueError(f"The blocks hold {done} volumes and the design {basis.rows.shape[1]}.")
-    return sums
+        accumulator.add(block)
+        # The next block is made before this name is bound to it.
+        del block
+    return accumulator.sums()
 
 
-def samples(flat: NDArray[Any], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
-    """Samples of some voxels, as a new array (n, v)."""
-    y = flat[:, voxels].astype(np.float64)
+def _zeros(basis: Basis, V: int) -> Sums:
+    N = basis.order
+    shapes = ((len(basis.rows), V), (V,), (N, V), (len(basis.near), V), (N, V), (V,))
+    return Sums(*(np.zeros(shape) for shape in shapes))
+
+
+def _gather(
+    flat: NDArray[Any], voxels: NDArray[np.intp], taken: NDArray[Any], out: Floats, *, finite: bool
+) -> Floats:
+    """Samples of some voxels, (n v,), in the beginning of ``out``; ``taken`` is scratch of the dtype of ``flat``."""
+    size = len(flat) * len(voxels)
+    values = out[:size]
+    # The numbers are within the volume; without checks, nothing is buffered.
+    flat.take(voxels, axis=1, out=taken[:size].reshape(len(flat), len(voxels)), mode="clip")
+    values[...] = taken[:size]
     if finite:
-        np.nan_to_num(y, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
-    return y
+        np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+    return values
 
 
 def _add(sums: Sums, y: Floats, rows: Floats) -> None:
     """Add the samples y (n, v), relative to the shift and 0 where censored, in place."""
-    sums.products[:] += rows @ y
+    from scipy.linalg.blas import dgemm  # noqa: PLC0415  (not needed to open a store)
+
+    # products += rows @ y, without a copy of the products: to BLAS, arrays by rows are transposed ones.
+    dgemm(1.0, y.T, rows.T, beta=1.0, c=sums.products.T, overwrite_c=True)
     sums.squares[:] += np.einsum("tv,tv->v", y, y)
     n, order = len(y), len(sums.lagged)
     for k in range(1, order + 1):
@@ -147,7 +205,7 @@ def _add(sums: Sums, y: Floats, rows: Floats) -> None:
         sums.newest[:] = np.concatenate([sums.newest, y[-order:]])[-order:]
 
 
-def _recentre(sums: Sums, basis: Basis, done: int) -> None:
+def _recentre(tiles: list[Sums], basis: Basis, done: int) -> None:
     """Make the sums relative to the mean of the samples so far, in place.
 
     The first block may be a single volume, and far from the others. Done whenever the volumes have doubled, this
@@ -161,38 +219,36 @@ def _recentre(sums: Sums, basis: Basis, done: int) -> None:
     for k in range(1, N + 1):
         open_pairs[k - 1, N - k :] = newest[N - k :] & kept[done + N : done + N + k]
     totals = basis.rows[:, :done].sum(axis=1)
+    # The products are plain sums so far, open pairs or not.
+    plain = totals.copy()
     totals[len(totals) - N :] -= open_pairs.sum(axis=1)
     seen = basis.near < done
     place = len(totals) - N - 1
-    for start in range(0, len(sums.shift), VOXEL_TILE):
-        old = sums.tile(start)
-        by = -old.products[place] / totals[place]
-        linear = old.products[place + 1 :] - open_pairs @ old.newest
-        new = _shifted(old, totals, by, linear)
-        new.near[~seen] = 0
-        new.newest[~newest] = 0
-        # The products are plain sums so far, open pairs or not.
-        new.products[place + 1 :] += open_pairs.sum(axis=1)[:, None] * by
-        for target, values in zip(old, new, strict=True):
-            target[...] = values
+    for tile in tiles:
+        by = -tile.products[place] / totals[place]
+        linear = tile.products[place + 1 :] - open_pairs @ tile.newest
+        _shift(tile, totals, by, linear, plain=plain)
+        tile.near[~seen] = 0
+        tile.newest[~newest] = 0
 
 
-def _shifted(sums: Sums, totals: Floats, by: Floats, linear: Floats) -> Sums:
-    """Sums of the data plus ``by`` (V,), constant in time.
+def _shift(sums: Sums, totals: Floats, by: Floats, linear: Floats, *, plain: Floats | None = None) -> None:
+    """Add ``by`` (V,), constant in time, to the data, in place.
 
-    ``totals`` are the sums of the rows used so far, and ``linear`` (N, V) of the samples that lag products are made of.
+    ``totals`` are the sums of the rows used so far, and ``linear`` (N, V) of the samples that lag products are made of;
+    ``plain`` those that products are made of, where they differ.
     """
+    from scipy.linalg.blas import dger  # noqa: PLC0415
+
     N = len(linear)
     place = len(totals) - N - 1
-    n, total = totals[place], sums.products[place]
-    return Sums(
-        products=sums.products + totals[:, None] * by,
-        squares=sums.squares + 2 * by * total + n * by**2,
-        lagged=sums.lagged + by * linear + totals[place + 1 :, None] / 2 * by**2,
-        near=sums.near + by,
-        newest=sums.newest + by,
-        shift=sums.shift - by,
-    )
+    sums.squares[:] += 2 * by * sums.products[place] + totals[place] * by**2
+    sums.lagged[:] += by * linear + totals[place + 1 :, None] / 2 * by**2
+    # products += outer(totals, by), as in _add.
+    dger(1.0, by, totals if plain is None else plain, a=sums.products.T, overwrite_a=True)
+    sums.near[:] += by
+    sums.newest[:] += by
+    sums.shift[:] -= by
 
 
 class Signal(NamedTuple):
@@ -224,7 +280,7 @@ def remove_mean(sums: Sums, basis: Basis) -> Signal:
     Parameters
     ----------
     sums : Sums
-        Of the data as it was read.
+        Of the data as it was read; they become those of the result.
     basis : Basis
 
     Returns
@@ -233,12 +289,13 @@ def remove_mean(sums: Sums, basis: Basis) -> Signal:
         ``squares`` is NaN for voxels without variance in time.
     """
     n = basis.n_kept
-    total, linear = sums.products[-1 - basis.order], sums.products[len(sums.products) - basis.order :]
-    centred = _shifted(sums, basis.totals, -total / n, linear)
-    level = sums.shift + total / n
-    rounding = n * (NO_VARIANCE * np.maximum(np.abs(level), np.abs(sums.shift))) ** 2
-    flat = centred.squares <= rounding
-    return Signal(centred._replace(squares=np.where(flat, np.nan, centred.squares)), level, rounding)
+    largest = np.abs(sums.shift)
+    mean = sums.products[-1 - basis.order] / n
+    _shift(sums, basis.totals, -mean, sums.products[len(sums.products) - basis.order :])
+    level = sums.shift
+    rounding = n * (NO_VARIANCE * np.maximum(largest, np.abs(level))) ** 2
+    sums.squares[sums.squares <= rounding] = np.nan
+    return Signal(sums, level, rounding)
 
 
 @quiet
@@ -248,7 +305,7 @@ def scale_signal(signal: Signal, basis: Basis, gain: Floats, offset: Floats) -> 
     Parameters
     ----------
     signal : Signal
-        From :func:`remove_mean`.
+        From :func:`remove_mean`; its sums become those of the result.
     basis : Basis
     gain, offset : ndarray, shape (V,)
 
@@ -260,15 +317,19 @@ def scale_signal(signal: Signal, basis: Basis, gain: Floats, offset: Floats) -> 
     """
     level = gain * signal.level + offset
     gain = np.where(np.isnan(signal.sums.squares), np.nan, gain)
-    products, squares, lagged, near, newest, shift = signal.sums
-    scaled = Sums(
-        products * gain, squares * gain**2, lagged * gain**2, near * gain, newest * gain, shift * gain
-    )
-    rounding = signal.rounding * gain**2
+    sums, rounding = signal.sums, signal.rounding * gain**2
+    for values, factor in (
+        (sums.products, gain),
+        (sums.near, gain),
+        (sums.newest, gain),
+        (sums.squares, gain**2),
+        (sums.lagged, gain**2),
+    ):
+        np.multiply(values, factor, out=values)
     if basis.spans_constant:
-        return Signal(scaled, level, rounding)
-    linear = scaled.products[len(products) - basis.order :]
-    return Signal(_shifted(scaled, basis.totals, level, linear), np.zeros_like(level), rounding)
+        return Signal(sums, level, rounding)
+    _shift(sums, basis.totals, level, sums.products[len(sums.products) - basis.order :])
+    return Signal(sums, np.zeros_like(level), rounding)
 
 
 @quiet
@@ -298,9 +359,11 @@ def mean_voxels(
     for block in blocks:
         chosen = kept[done : done + len(block)]
         flat = block.reshape(len(block), -1)
+        taken, y = np.empty(len(flat) * VOXEL_TILE, dtype=flat.dtype), np.empty(len(flat) * VOXEL_TILE)
         for start in range(0, len(voxels), VOXEL_TILE):
             tile = slice(start, start + VOXEL_TILE)
-            total[0, tile] += samples(flat, voxels[tile], finite=finite)[chosen].sum(axis=0)
+            values = _gather(flat, voxels[tile], taken, y, finite=finite).reshape(len(flat), -1)
+            total[0, tile] += values[chosen].sum(axis=0)
         done += len(block)
         del block, flat
     average: Floats = total / kept.sum()

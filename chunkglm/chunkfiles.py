@@ -1,0 +1,135 @@
+"""Chunks of local stores as files: encoded and decoded where they lie, without the copies between.
+
+A chunk is Zarr's: values in C order, little-endian, through Blosc (lz4 at level 1, byte shuffle), with the CRC32C of the
+compressed bytes behind them. What is written here, any reader of Zarr reads, and the other way round; through this module,
+a thread reads into memory that it has already, checks once, and decompresses into the array that it hands out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+CNAME, CLEVEL, SHUFFLE = "lz4", 1, "shuffle"
+"""See ``benchmarks/README.md`` for why these."""
+
+CHECKSUM_BYTES = 4
+PARTIAL = ".partial"
+
+_scratch = threading.local()
+
+
+class Entry(NamedTuple):
+    """A file of a store in its manifest."""
+
+    size: int
+    crc32c: int
+
+
+class ChunkProblemError(Exception):
+    """What is wrong with a chunk; the caller knows of which store."""
+
+
+def is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether values of a dtype lie in a chunk as they lie in memory."""
+    return dtype.kind in "biuf" and dtype.isnative and sys.byteorder == "little"
+
+
+def write_chunk(path: Path, values: NDArray[Any], shape: tuple[int, ...]) -> None:
+    """Write one chunk; its file has its name when it is complete.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file; its folder is made if it is not there.
+    values : ndarray
+        At most of the chunk's shape; zeros fill the rest, which lies outside of the array.
+    shape : tuple of int
+        Of the chunk.
+    """
+    if values.shape != shape:
+        whole = np.zeros(shape, dtype=values.dtype)
+        whole[tuple(slice(n) for n in values.shape)] = values
+        values = whole
+    values = np.ascontiguousarray(values)
+    compressed = blosc.compress(values, CNAME.encode(), CLEVEL, blosc.SHUFFLE, 0, values.itemsize)
+    checksum = google_crc32c.value(compressed).to_bytes(CHECKSUM_BYTES, "little")
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        file = partial.open("wb", buffering=0)
+    except FileNotFoundError:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("wb", buffering=0)
+    with file:
+        for content in (compressed, checksum):
+            view = memoryview(content)
+            while view:
+                view = view[file.write(view) :]
+    partial.replace(path)
+
+
+def read_chunk(path: Path, entry: Entry | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Read one chunk.
+
+    Parameters
+    ----------
+    path : Path
+    entry : Entry or None
+        What the manifest says of the file, to hold it against.
+    shape : tuple of int
+        Of the chunk.
+    dtype : numpy.dtype
+
+    Returns
+    -------
+    ndarray
+        A new array.
+
+    Raises
+    ------
+    ChunkProblemError
+        If the file is missing, or is not the one that was written.
+    OSError
+        If it cannot be read.
+    """
+    content = _read(path, entry)
+    checksum = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little")
+    body = content[:-CHECKSUM_BYTES]
+    if (entry is not None and checksum != entry.crc32c) or google_crc32c.value(body) != checksum:
+        raise ChunkProblemError("was altered or cut off")
+    values = np.empty(shape, dtype=dtype)
+    n_bytes = int.from_bytes(body[4:8].tobytes(), "little")
+    if n_bytes != math.prod(shape) * dtype.itemsize:
+        raise ChunkProblemError("has the wrong length")
+    blosc.decompress(body, values)
+    return values
+
+
+def _read(path: Path, entry: Entry | None) -> NDArray[np.uint8]:
+    """The bytes of a file, in this thread's scratch."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = path.stat().st_size if entry is None else entry.size
+            buffer: NDArray[np.uint8] | None = getattr(_scratch, "buffer", None)
+            if buffer is None or len(buffer) <= size:
+                buffer = _scratch.buffer = np.empty(size + size // 4 + 1, dtype=np.uint8)
+            # One byte more than there should be: a longer file shows.
+            view, done = memoryview(cast("Any", buffer))[: size + 1], 0
+            while got := file.readinto(view[done:]):
+                done += got
+    except FileNotFoundError as error:
+        raise ChunkProblemError("is missing") from error
+    if done != size or size <= CHECKSUM_BYTES + 16:
+        raise ChunkProblemError("was altered or cut off")
+    return buffer[:size]

@@ -1,0 +1,118 @@
+"""Fitting runs while they are converted.
+
+The sums of every voxel block are taken as its volumes come by, in the order and in the pieces in which they would be read
+from the store: the estimates are those of a fit from the store to the last bit.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from chunkglm import plan
+from chunkglm.blocks import as_blocks, blank, scatter, single_blas_thread
+from chunkglm.glm import assemble, rows_of, split_rows
+from chunkglm.kernels.glm import fit_sums
+from chunkglm.kernels.sums import Accumulator
+from chunkglm.schema import SPACE
+from chunkglm.store import chunk_shapes, savable
+
+if TYPE_CHECKING:
+    import xarray as xr
+    from numpy.typing import NDArray
+
+    from chunkglm.glm import FitPlan, RunPlan
+    from chunkglm.plan import Place
+    from chunkglm.store import StoreWriter
+
+
+def spatial_chunks(fit_plan: FitPlan) -> tuple[tuple[int, ...], ...] | None:
+    """Chunks along z, y, x that all runs have; None if they have not the same, or the fit needs more than one pass."""
+    found = {as_blocks(one.run["bold"]).data.chunks[1:] for one in fit_plan.runs}
+    one_pass = all(one.model.scaling != "run" for one in fit_plan.runs)
+    return found.pop() if one_pass and len(found) == 1 else None
+
+
+def sums_bytes(one: RunPlan) -> int:
+    """Memory that the sums of a run take."""
+    basis = one.model.basis
+    rows = len(basis.rows) + len(basis.near) + 2 * basis.order + 2
+    return 8 * rows * int(one.mask.sum())
+
+
+def create_fit(writer: StoreWriter, fit_plan: FitPlan, chunks: tuple[tuple[int, ...], ...]) -> None:
+    """Write everything of a fit but what is estimated at voxels.
+
+    Parameters
+    ----------
+    writer : StoreWriter
+    fit_plan : FitPlan
+    chunks : tuple of tuple of int
+        Along z, y, x.
+    """
+    ds: xr.Dataset = savable(assemble(fit_plan, [blank(one.n_rows, chunks) for one in fit_plan.runs]))
+    # What it gives back would write what is blank.
+    writer.create(ds, chunk_shapes(ds))
+
+
+class StreamedRun:
+    """One run of a fit, whose blocks come in while it is converted.
+
+    Parameters
+    ----------
+    fit_plan : FitPlan
+    number : int
+        Of the run.
+    chunks : tuple of tuple of int
+        Along z, y, x.
+    """
+
+    def __init__(self, fit_plan: FitPlan, number: int, chunks: tuple[tuple[int, ...], ...]) -> None:
+        self._fit_plan, self._number = fit_plan, number
+        self._plan = one = fit_plan.runs[number]
+        z, y, x = (sum(sizes) for sizes in chunks)
+        lengths = plan.Chunks(1, *(sizes[0] for sizes in chunks))
+        self._places = plan.voxel_blocks((z, y, x), lengths)
+        self._mask: NDArray[np.bool_] = one.mask.transpose(*SPACE).to_numpy()
+        self._sums = [self._accumulator(place) for place in self._places]
+        self._done = [0] * len(self._places)
+
+    def _accumulator(self, place: Place) -> Accumulator | None:
+        voxels = np.flatnonzero(self._mask[place])
+        model = self._plan.model
+        return Accumulator(model.basis, voxels, finite=model.reference_rules) if voxels.size else None
+
+    def add(self, number: int, block: NDArray[Any]) -> None:
+        """Add the next volumes (n, z, y, x) of a voxel block, numbered as :func:`chunkglm.plan.voxel_blocks` does."""
+        start = self._done[number]
+        self._done[number] += len(block)
+        sums = self._sums[number]
+        if sums is None:
+            return
+        kept = self._plan.kept[start : start + len(block)]
+        sums.add(block if kept.all() else block[kept])
+
+    def write(self, writer: StoreWriter, n_threads: int) -> None:
+        """Estimate, and write what was estimated, once all volumes were added."""
+        with single_blas_thread(), ThreadPoolExecutor(n_threads) as pool:
+            for _ in pool.map(lambda number: self._write_block(writer, number), range(len(self._places))):
+                pass
+
+    def _write_block(self, writer: StoreWriter, number: int) -> None:
+        place = self._places[number]
+        starts = tuple(part.start for part in place)
+        mask = self._mask[place]
+        values = {**split_rows(self._rows(number), self._fit_plan), "mask": mask}
+        for name, one in values.items():
+            between = one.ndim - 3
+            writer.write_block(name, (self._number, *[0] * between, *starts), one[None])
+
+    def _rows(self, number: int) -> NDArray[np.float64]:
+        """Estimates of a voxel block, (rows, z, y, x); its sums are used up."""
+        sums, self._sums[number] = self._sums[number], None
+        mask = self._mask[self._places[number]]
+        if sums is None:
+            return np.full((self._plan.n_rows, *mask.shape), np.nan)
+        return scatter(rows_of(fit_sums(sums.sums(), self._plan.model), self._plan.columns), mask)
