@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask.array
+import dask.base
 import numpy as np
 from dask.base import optimize, tokenize
 from dask.highlevelgraph import HighLevelGraph
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 da: Any = dask.array
 _optimize: Any = optimize
 _cull: Any = cull
+_compute: Any = dask.base.compute
 
 
 class _Recipe(NamedTuple):
@@ -225,6 +227,12 @@ def blank(n_rows: int, chunks: tuple[tuple[int, ...], ...]) -> Any:
     return da.full(shape, np.nan, chunks=((n_rows,), *chunks))
 
 
+def compute(datasets: Sequence[xr.Dataset]) -> tuple[xr.Dataset, ...]:
+    """Compute datasets together: what they share is computed once."""
+    computed: tuple[xr.Dataset, ...] = _compute(*datasets)
+    return computed
+
+
 def mean(array: Any) -> Any:
     """Average a dask array over all that is not NaN, lazily; NaN if nothing is left."""
     return da.nanmean(array)
@@ -264,9 +272,6 @@ _blas_limit: _SingleBlasThread | None = None
 
 @cache
 def _blas() -> Any:
-    # scipy has a BLAS of its own, which is found only once it is loaded.
-    import scipy.linalg.blas  # noqa: F401, PLC0415
-
     return ThreadpoolController().select(user_api="blas")
 
 

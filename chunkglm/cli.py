@@ -550,6 +550,12 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
 @_cut_coords
 @_memory
 @_n_threads
+@click.option(
+    "--report/--no-report",
+    "report",
+    default=True,
+    help="Draw pictures and the report, or leave it to a later chunkglm report.",
+)
 @_overwrite
 @_json
 def run(

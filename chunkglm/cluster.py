@@ -26,23 +26,46 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
-KEPT_BYTES = 2**20
-"""Memory that each thread may keep for later."""
+KEPT_BYTES, STREAM_BYTES = 2**20, 12 * 2**20
+"""Memory that each thread may keep for later; and while runs stream through, when a compressed chunk comes and goes."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """Between lines of progress where there is no terminal."""
 
 
-def return_freed_memory() -> None:
+_returning: set[int] = set()
+
+
+def return_freed_memory(kept: int = KEPT_BYTES) -> None:
     """Have the C library give large arrays back to the system when they are freed.
 
     By default glibc keeps freed memory of up to 32 MiB a piece for later, and a process that works in blocks of that size
     holds several times what it uses. For the process of the command line; a library does not decide this for others.
+
+    Parameters
+    ----------
+    kept : int
+        Bytes that each thread may keep.
     """
     if platform.libc_ver()[0] == "glibc":
+        _returning.add(kept)
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, kept)
+        libc.mallopt(M_TRIM_THRESHOLD, kept)
+        libc.malloc_trim(0)
+
+
+@contextmanager
+def streaming() -> Iterator[None]:
+    """Let threads keep what they free a little longer, where :func:`return_freed_memory` was called."""
+    if not _returning:
+        yield
+        return
+    return_freed_memory(STREAM_BYTES)
+    try:
+        yield
+    finally:
+        return_freed_memory()
 
 
 @contextmanager

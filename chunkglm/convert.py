@@ -425,10 +425,14 @@ class _Pipeline:
 
     def _sum(self, number: int, block: NDArray[Any], values: NDArray[Any]) -> None:
         place = self._places[number]
-        total = self._total[place]
-        with np.errstate(invalid="ignore", over="ignore"):
-            for volume in block[(slice(None), *place)]:
-                total += volume
+        total, volumes = self._total[place], block[(slice(None), *place)]
+        if block.dtype.kind in "iu" and block.dtype.itemsize <= 2:
+            # Exact, and half the work.
+            total += volumes.sum(axis=0, dtype=np.int32)
+        else:
+            with np.errstate(invalid="ignore", over="ignore"):
+                for volume in volumes:
+                    total += volume
         if self._consume is not None:
             header = self._reader.header
             if self._smoother is None and header.scaled:

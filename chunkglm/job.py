@@ -14,6 +14,7 @@ import shlex
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,7 +26,8 @@ import numpy as np
 from chunkglm import grids, nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import stage, threads
+from chunkglm.blocks import compute
+from chunkglm.cluster import stage, streaming, threads
 from chunkglm.contrasts import check_contrast, contrast
 from chunkglm.convert import convert_run, describe_run
 from chunkglm.design import as_design, read_design, read_sample_mask
@@ -39,7 +41,7 @@ from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, canonical_json
 from chunkglm.streamed import StreamedRun, create_fit, spatial_chunks, sums_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import pandas as pd
     import xarray as xr
@@ -55,6 +57,9 @@ class Models(NamedTuple):
     designs: dict[str, pd.DataFrame]
     kept: dict[str, np.ndarray[Any, Any]]
 
+
+MAPS_SHARE = 0.1
+"""Part of the memory that finished maps may take while they wait to be written."""
 
 MANY_AT_LIMIT = 0.01
 """Part of the voxels whose autocorrelation is at its limit, above which it is worth a warning."""
@@ -81,6 +86,7 @@ class Job:
     n_threads: int = field(default_factory=plan.available_cpus)
     threshold: float = 3.0
     cut_coords: tuple[float, float, float] | None = None
+    report: bool = True
     overwrite: bool = False
     command: tuple[str, ...] = ()
 
@@ -120,7 +126,7 @@ def run_job(job: Job, console: Console, *, quiet: bool = False) -> Summary:
         Of the kind that fits what is wrong; what can be checked without the data is checked first.
     """
     summary = _do_job(job, console, quiet=quiet)
-    return _with_report(job, summary, console, quiet=quiet)
+    return _with_report(job, summary, console, quiet=quiet) if job.report else summary
 
 
 def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
@@ -375,13 +381,14 @@ def _convert_and_fit(
     ):
         return None
     runs = {}
-    with stores.writing(place, overwrite=False) as writer:
-        create_fit(writer, fit_plan, chunks)
+    with stores.writing(place, overwrite=False) as writer, ThreadPoolExecutor(1) as beside:
+        created = beside.submit(create_fit, writer, fit_plan, chunks)
         for number, (source, extra) in enumerate(zip(job.runs, sums, strict=True)):
             streamed = StreamedRun(fit_plan, number, chunks)
             runs[str(number + 1)] = _convert(
                 job, source, number + 1, console, quiet=quiet, memory=memory - extra, consume=streamed.add
             )
+            created.result()
             streamed.write(writer, job.n_threads)
         sources = [run.attrs["source_sha256"] for run in runs.values()]
         writer.finish({"key": _fit_key(job, models, sources)})
@@ -426,7 +433,7 @@ def _convert(
     consume: Consumer | None = None,
 ) -> xr.Dataset:
     title = f"{'Converting' if consume is None else 'Converting and fitting'} {Path(source).name}"
-    with stage(console, title, "volumes", quiet=quiet) as progress:
+    with stage(console, title, "volumes", quiet=quiet) as progress, streaming():
         return convert_run(
             source,
             _run_place(job, number),
@@ -518,14 +525,25 @@ def _write_all(
                 (str(label), lazy.isel(run=n), inputs[n : n + 1])
                 for n, label in enumerate(lazy["run"].values)
             ]
-            for label, one, of in entries:
-                maps = one.compute()
-                outputs += write_maps(maps, folder, name, run=label, inputs=of, n_threads=job.n_threads)
-                found.append({"contrast": name, "run": label, **peaks(maps)})
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+            for some in _batches(entries, plan.parse_memory(job.memory)):
+                # Together, so that what they share is read and solved once.
+                computed = compute([one for _, one, _ in some])
+                for (label, _, of), maps in zip(some, computed, strict=True):
+                    outputs += write_maps(maps, folder, name, run=label, inputs=of, n_threads=job.n_threads)
+                    found.append({"contrast": name, "run": label, **peaks(maps)})
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
     return [os.path.relpath(path, job.output) for path in outputs], found
+
+
+def _batches(
+    entries: list[tuple[str | None, xr.Dataset, list[str]]], memory: int
+) -> Iterator[list[tuple[str | None, xr.Dataset, list[str]]]]:
+    """Divide maps into as many at a time as a part of the memory holds, at least one."""
+    size = max(MAPS_SHARE * memory // max(one.nbytes for _, one, _ in entries), 1)
+    for start in range(0, len(entries), int(size)):
+        yield entries[start : start + int(size)]
 
 
 def _mean_of(runs: Mapping[str, xr.Dataset]) -> xr.DataArray:

@@ -39,7 +39,7 @@ from chunkglm.kernels.precision import (
     right_hand_side,
     substitute_back,
 )
-from chunkglm.kernels.sums import VOXEL_TILE, accumulate, quiet, remove_mean, scale_signal
+from chunkglm.kernels.sums import accumulate, quiet, remove_mean, scale_signal
 from chunkglm.kernels.uncertainty import coefficient_covariance
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ if TYPE_CHECKING:
     from chunkglm.kernels.uncertainty import Frequencies
 
     Floats = NDArray[np.float64]
+
+TILE = 2048
+"""Voxels that are solved for at a time where only sums over regressors are needed: these stay in the cache."""
 
 SOLVE_TILE = 256
 """Voxels whose normal equations are solved at a time: their matrices stay in the cache."""
@@ -136,24 +139,32 @@ def fit_at(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
     Fit
         ``sigma2`` is NaN where the residual is rounding.
     """
+    solve, size = _solve, SOLVE_TILE
     if basis.order == 0:
-        coordinates = signal.sums.products[: basis.rank].copy()
-        residual = signal.sums.squares - np.einsum("rv,rv->v", coordinates, coordinates)
+        solve, size = _solve_white, TILE
     elif basis.order == 1 and basis.gapless:
-        coordinates, residual = _solve_ar1(signal, basis, rho[0])
-    else:
-        coordinates, residual = np.empty((basis.rank, rho.shape[1])), np.empty(rho.shape[1])
-        for start in range(0, rho.shape[1], SOLVE_TILE):
-            tile = slice(start, start + SOLVE_TILE)
-            coordinates[:, tile], residual[tile] = _solve(signal.tile(start, SOLVE_TILE), basis, rho[:, tile])
+        solve, size = _solve_ar1, TILE
+    V = rho.shape[1]
+    beta, residual = np.empty((len(basis.to_beta), V)), np.empty(V)
+    for start in range(0, V, size):
+        tile = slice(start, start + size)
+        some = signal.tile(start, size)
+        coordinates, residual[tile] = solve(some, basis, rho[:, tile])
+        coordinates += basis.totals[: basis.rank, None] * some.level
+        beta[:, tile] = basis.to_beta @ coordinates
     residual = np.where(residual > _rounding(signal, basis), residual, np.nan)
-    coordinates += basis.totals[: basis.rank, None] * signal.level
-    return Fit(basis.to_beta @ coordinates, residual / dof)
+    return Fit(beta, residual / dof)
+
+
+def _solve_white(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:  # noqa: ARG001  (one signature)
+    """Coordinates in Q (r, V) and residual sums of squares (V,), by ordinary least squares."""
+    coordinates = signal.sums.products[: basis.rank].copy()
+    return coordinates, signal.sums.squares - np.einsum("rv,rv->v", coordinates, coordinates)
 
 
 def _solve_ar1(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:
     """Coordinates in Q (r, V) and residual sums of squares (V,), by Sherman and Morrison."""
-    r, sums = basis.rank, signal.sums
+    r, sums, rho = basis.rank, signal.sums, rho[0]
     c0, c1 = sums.products[:r], sums.products[r : 2 * r]
     q, last = basis.near_rows[-1][:, None], sums.near[-1]
     rhs = (1 + rho**2) * c0 - rho * c1 - rho**2 * q * last
@@ -206,7 +217,7 @@ def contrast_covariances(basis: Basis, weights: Sequence[Floats], rho: Floats) -
     flat = rho.reshape(basis.order, -1)
     solve = _covariances_ar1 if basis.order == 1 and basis.gapless else _covariances
     out = [np.empty((len(one), len(one), flat.shape[1])) for one in rotated]
-    size = VOXEL_TILE if solve is _covariances_ar1 else SOLVE_TILE
+    size = TILE if solve is _covariances_ar1 else SOLVE_TILE
     for start in range(0, flat.shape[1], size):
         tile = slice(start, start + size)
         for target, found in zip(out, solve(basis, rotated, flat[:, tile]), strict=True):

@@ -10,21 +10,25 @@ cancels that the model does not remove itself.
 
 from __future__ import annotations
 
+import math
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
+    import numpy.typing as npt
     from numpy.typing import NDArray
 
     from chunkglm.kernels.basis import Basis
 
     Floats = NDArray[np.float64]
 
-VOXEL_TILE = 2048
-"""Voxels that are accumulated at a time: their samples and sums stay in the cache."""
+VOXEL_TILE = 8192
+"""Voxels that are accumulated at a time: few enough to stay in the cache for the most part, and so many that threads
+seldom wait for the interpreter."""
 
 NO_VARIANCE = 16 * np.finfo(np.float64).eps
 """A standard deviation below this part of the level is rounding, not signal."""
@@ -80,7 +84,7 @@ class Accumulator:
     def __init__(self, basis: Basis, voxels: NDArray[np.intp], *, finite: bool = False) -> None:
         self._basis, self._finite = basis, finite
         self._voxels = [voxels[start : start + VOXEL_TILE] for start in range(0, len(voxels), VOXEL_TILE)]
-        self._tiles = [_zeros(basis, len(some)) for some in self._voxels]
+        self._tiles = _make_tiles(basis, [len(some) for some in self._voxels])
         self._done = self._centred = 0
 
     @quiet
@@ -103,17 +107,16 @@ class Accumulator:
         n = len(kept)
         begins = bool(kept.any()) and not basis.kept[:done].any()
         near = np.flatnonzero((basis.near >= done) & (basis.near < done + n))
-        taken = np.empty(n * VOXEL_TILE, dtype=flat.dtype)
-        y = np.empty(n * VOXEL_TILE)
         for voxels, tile in zip(self._voxels, self._tiles, strict=True):
-            shape = n, len(voxels)
-            values = _gather(flat[:n], voxels, taken, y, finite=self._finite).reshape(shape)
+            values = _gather(flat[:n], voxels, finite=self._finite)
             if begins:
                 tile.shift[:] = values[kept].mean(axis=0)
             values -= tile.shift
-            values[~kept] = 0
+            if not kept.all():
+                values[~kept] = 0
             tile.near[near] = values[basis.near[near] - done]
-            _add(tile, values, rows)
+            tile.products[:] += np.matmul(rows, values, out=_scratch("products", tile.products.shape))
+            _add(tile, values)
         self._done += len(block)
         if self._done >= 2 * self._centred and basis.kept[: self._done].any():
             if self._centred:
@@ -168,32 +171,50 @@ def accumulate(
     return accumulator.sums()
 
 
-def _zeros(basis: Basis, V: int) -> Sums:
+def _make_tiles(basis: Basis, sizes: Sequence[int]) -> list[Sums]:
+    """Sums of no data for tiles of voxels: parts of one array, which the system hands out in larger pages."""
     N = basis.order
-    shapes = ((len(basis.rows), V), (V,), (N, V), (len(basis.near), V), (N, V), (V,))
-    return Sums(*(np.zeros(shape) for shape in shapes))
+    rows = (len(basis.rows), 1, N, len(basis.near), N, 1)
+    memory = np.zeros(sum(rows) * sum(sizes))
+    tiles, place = [], 0
+    for V in sizes:
+        parts = []
+        for n in rows:
+            parts.append(memory[place : place + n * V].reshape(n, V))
+            place += n * V
+        products, squares, lagged, near, newest, shift = parts
+        tiles.append(Sums(products, squares[0], lagged, near, newest, shift[0]))
+    return tiles
 
 
-def _gather(
-    flat: NDArray[Any], voxels: NDArray[np.intp], taken: NDArray[Any], out: Floats, *, finite: bool
-) -> Floats:
-    """Samples of some voxels, (n v,), in the beginning of ``out``; ``taken`` is scratch of the dtype of ``flat``."""
-    size = len(flat) * len(voxels)
-    values = out[:size]
+_kept = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> NDArray[Any]:
+    """An array in memory that this thread keeps for it: what is asked of the system anew each time costs more than sums."""
+    dtype = np.dtype(dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory: NDArray[np.uint8] | None = getattr(_kept, name, None)
+    if memory is None or len(memory) < n_bytes:
+        memory = np.empty(n_bytes, dtype=np.uint8)
+        setattr(_kept, name, memory)
+    return memory[:n_bytes].view(dtype).reshape(shape)
+
+
+def _gather(flat: NDArray[Any], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
+    """Samples of some voxels, (n, v), valid until the next."""
+    shape = len(flat), len(voxels)
+    taken, values = _scratch("taken", shape, flat.dtype), _scratch("values", shape)
     # The numbers are within the volume; without checks, nothing is buffered.
-    flat.take(voxels, axis=1, out=taken[:size].reshape(len(flat), len(voxels)), mode="clip")
-    values[...] = taken[:size]
+    flat.take(voxels, axis=1, out=taken, mode="clip")
+    values[...] = taken
     if finite:
         np.nan_to_num(values, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     return values
 
 
-def _add(sums: Sums, y: Floats, rows: Floats) -> None:
-    """Add the samples y (n, v), relative to the shift and 0 where censored, in place."""
-    from scipy.linalg.blas import dgemm  # noqa: PLC0415  (not needed to open a store)
-
-    # products += rows @ y, without a copy of the products: to BLAS, arrays by rows are transposed ones.
-    dgemm(1.0, y.T, rows.T, beta=1.0, c=sums.products.T, overwrite_c=True)
+def _add(sums: Sums, y: Floats) -> None:
+    """Add the squares and lag products of the samples y (n, v), relative to the shift and 0 where censored, in place."""
     sums.squares[:] += np.einsum("tv,tv->v", y, y)
     n, order = len(y), len(sums.lagged)
     for k in range(1, order + 1):
@@ -238,14 +259,12 @@ def _shift(sums: Sums, totals: Floats, by: Floats, linear: Floats, *, plain: Flo
     ``totals`` are the sums of the rows used so far, and ``linear`` (N, V) of the samples that lag products are made of;
     ``plain`` those that products are made of, where they differ.
     """
-    from scipy.linalg.blas import dger  # noqa: PLC0415
-
     N = len(linear)
     place = len(totals) - N - 1
     sums.squares[:] += 2 * by * sums.products[place] + totals[place] * by**2
     sums.lagged[:] += by * linear + totals[place + 1 :, None] / 2 * by**2
-    # products += outer(totals, by), as in _add.
-    dger(1.0, by, totals if plain is None else plain, a=sums.products.T, overwrite_a=True)
+    change = _scratch("products", sums.products.shape)
+    sums.products[:] += np.multiply.outer(totals if plain is None else plain, by, out=change)
     sums.near[:] += by
     sums.newest[:] += by
     sums.shift[:] -= by
@@ -359,11 +378,9 @@ def mean_voxels(
     for block in blocks:
         chosen = kept[done : done + len(block)]
         flat = block.reshape(len(block), -1)
-        taken, y = np.empty(len(flat) * VOXEL_TILE, dtype=flat.dtype), np.empty(len(flat) * VOXEL_TILE)
         for start in range(0, len(voxels), VOXEL_TILE):
             tile = slice(start, start + VOXEL_TILE)
-            values = _gather(flat, voxels[tile], taken, y, finite=finite).reshape(len(flat), -1)
-            total[0, tile] += values[chosen].sum(axis=0)
+            total[0, tile] += _gather(flat, voxels[tile], finite=finite)[chosen].sum(axis=0)
         done += len(block)
         del block, flat
     average: Floats = total / kept.sum()
