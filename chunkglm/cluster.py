@@ -27,13 +27,14 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
 KEPT_BYTES, STREAM_BYTES = 2**20, 12 * 2**20
-"""Memory that each thread may keep for later; and while runs stream through, when a compressed chunk comes and goes."""
+"""Memory that each thread may keep for later; and while chunks come and go."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """Between lines of progress where there is no terminal."""
 
 
-_returning: set[int] = set()
+_kept: list[int] = []
+"""What was last said to the C library, if anything."""
 
 
 def return_freed_memory(kept: int = KEPT_BYTES) -> None:
@@ -48,7 +49,7 @@ def return_freed_memory(kept: int = KEPT_BYTES) -> None:
         Bytes that each thread may keep.
     """
     if platform.libc_ver()[0] == "glibc":
-        _returning.add(kept)
+        _kept[:] = [kept]
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, kept)
         libc.mallopt(M_TRIM_THRESHOLD, kept)
@@ -57,8 +58,8 @@ def return_freed_memory(kept: int = KEPT_BYTES) -> None:
 
 @contextmanager
 def streaming() -> Iterator[None]:
-    """Let threads keep what they free a little longer, where :func:`return_freed_memory` was called."""
-    if not _returning:
+    """Let threads keep a chunk that they free for the next one, where :func:`return_freed_memory` was called."""
+    if _kept != [KEPT_BYTES]:
         yield
         return
     return_freed_memory(STREAM_BYTES)
@@ -77,7 +78,7 @@ def threads(number: int) -> Iterator[None]:
     number : int
         Voxel blocks that are worked on at a time. It changes no result.
     """
-    with dask.config.set(scheduler="threads", num_workers=number):
+    with streaming(), dask.config.set(scheduler="threads", num_workers=number):
         yield
 
 

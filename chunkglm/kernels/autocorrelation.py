@@ -26,6 +26,7 @@ by its own dependence on the coefficient, and by that of the residual sum of squ
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -34,6 +35,7 @@ from scipy.fft import irfft, rfft
 
 from chunkglm.kernels.basis import shift_both
 from chunkglm.kernels.precision import make_precision, normal_matrix
+from chunkglm.kernels.scratch import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,15 +58,28 @@ SPREAD_STEP = 20
 TOLERANCE = 1e-8
 """Equations for higher orders are solved to this, and by one step more."""
 
-MAX_STEPS = 20
-"""Steps after which solving the equations ends, and the least squared error is looked for, in twice as many."""
+FEW_STEPS, MAX_STEPS = 5, 20
+"""Steps that most voxels need at most; and those after which solving the equations ends, and the least squared error is
+looked for, in twice as many."""
 
-SOLVE_TILE = 1024
+SOLVE_TILE = 8192
 """Voxels that are solved for at a time: their autocorrelations at all lags stay in the cache."""
+
+N_STARTS, START_LARGEST = 81, 0.96
+"""Coefficients of order 1 from whose neighbourhood equations for higher orders are solved, and the largest of them."""
+
+DECAYED = 1e-12
+"""Autocorrelations that have become smaller than this count as nothing, and so do those at all later lags."""
+
+SEGMENT = 24
+"""Lags after which it is looked whether they have."""
 
 DECIMALS = 3
 """Where there is no solution, partial autocorrelations of the least squared error are given to this: a minimum is found
 less precisely than a root, and rounding must not depend on which voxels are fitted together."""
+
+SETTLED = 1e-8
+"""A step that is shorter ends the search for the least squared error."""
 
 INSIDE = 0.5
 """The least squared error is looked for from within these bounds."""
@@ -324,20 +339,25 @@ def solve_lags(observed: Floats, G: Floats) -> tuple[Floats, NDArray[np.bool_]]:
     """
     rho, solved = np.full(observed.shape, np.nan), np.zeros(observed.shape[1], dtype=bool)
     finite = np.flatnonzero(np.isfinite(observed).all(axis=0))
-    for start in range(0, finite.size, SOLVE_TILE):
-        some = finite[start : start + SOLVE_TILE]
-        rho[:, some], error = _broyden(observed[:, some], G)
-        solved[some] = error < TOLERANCE
-    rest = finite[~solved[finite]]
-    for start in range(0, rest.size, SOLVE_TILE):
-        some = rest[start : start + SOLVE_TILE]
-        rho[:, some], error = _least_squares(observed[:, some], G)
-        solved[some] = error < TOLERANCE
+    starts = _make_starts(G)
+    # Those that need many steps, and those that need another way, are put together again: a step for few voxels takes
+    # as long as one for many.
+    ways: list[Callable[[Floats], tuple[Floats, Floats]]] = [
+        partial(_broyden, G=G, starts=starts, n_steps=FEW_STEPS),
+        partial(_broyden, G=G, starts=starts, n_steps=MAX_STEPS),
+        partial(_least_squares, G=G),
+    ]
+    for solve in ways:
+        for start in range(0, finite.size, SOLVE_TILE):
+            some = finite[start : start + SOLVE_TILE]
+            rho[:, some], error = solve(observed[:, some])
+            solved[some] = error < TOLERANCE
+        finite = finite[~solved[finite]]
     return rho, solved
 
 
-def _near_white(target: Floats, G: Floats) -> tuple[AR, Floats]:
-    """Models (N, V) that explain what is observed if noise is nearly white, and the slope's inverse (N, N) there.
+def _near_white(target: Floats, G: Floats) -> AR:
+    """Models (N, V) that explain what is observed if noise is nearly white.
 
     About white noise only the design counts, and one matrix is that of all voxels.
     """
@@ -345,20 +365,54 @@ def _near_white(target: Floats, G: Floats) -> tuple[AR, Floats]:
     white = G[1:, 0] / G[0, 0]
     slope = (G[1:, 1 : N + 1] - np.outer(white, G[0, 1 : N + 1])) / G[0, 0]
     inverse = np.linalg.pinv(slope)
-    return durbin(np.einsum("ij,jv->iv", inverse, target - white[:, None])), inverse
+    return durbin(np.einsum("ij,jv->iv", inverse, target - white[:, None]))
 
 
-def _broyden(target: Floats, G: Floats) -> tuple[Floats, Floats]:
-    """Solve for the first N autocorrelations by Broyden's method.
+class _Starts(NamedTuple):
+    """Where to begin: models of order 1 with what is expected of each, and inverse slopes (n, N, N) there."""
+
+    autocorrelation: Floats
+    expected: Floats
+    inverse: Floats
+
+
+def _make_starts(G: Floats) -> _Starts:
+    """Compute them, as far as the first autocorrelation that is expected rises."""
+    N = len(G) - 1
+    rho = np.linspace(-START_LARGEST, START_LARGEST, N_STARTS)
+    at = rho ** np.arange(1, N + 1)[:, None]
+    expected = _expected(durbin(at), G)
+    jacobian = np.empty((N_STARTS, N, N))
+    for j in range(N):
+        step = np.zeros((N, 1))
+        step[j] = DIFFERENCE
+        jacobian[:, :, j] = (
+            (_expected(durbin(at + step), G) - _expected(durbin(at - step), G)) / (2 * DIFFERENCE)
+        ).T
+    middle = N_STARTS // 2
+    falls = np.flatnonzero(np.diff(expected[0]) <= 0)
+    first = int(falls[falls < middle].max(initial=-1)) + 1
+    last = int(falls[falls >= middle].min(initial=N_STARTS - 1))
+    part = slice(first, last + 1)
+    return _Starts(
+        at[:, part], expected[:, part], np.asarray(np.linalg.pinv(jacobian[part]), dtype=np.float64)
+    )
+
+
+def _broyden(target: Floats, G: Floats, starts: _Starts, n_steps: int) -> tuple[Floats, Floats]:
+    """Solve for the first N autocorrelations by Broyden's method, in ``n_steps`` at most.
 
     Returns coefficients (N, V), and the largest error (V,) before the last step.
     """
     V = target.shape[1]
-    model, slope = _near_white(target, G)
-    inverse = np.repeat(slope[None], V, axis=0)
+    between = (starts.expected[0, 1:] + starts.expected[0, :-1]) / 2
+    near = np.searchsorted(between, target[0])
+    inverse = starts.inverse[near]
+    change = np.einsum("vij,jv->iv", inverse, target - starts.expected[:, near])
+    model = durbin(starts.autocorrelation[:, near] + change)
     rho, size, active = model.rho.copy(), np.full(V, np.inf), np.arange(V)
     error = _expected(model, G) - target
-    for _ in range(MAX_STEPS):
+    for _ in range(n_steps):
         now = np.abs(error).max(axis=0)
         step = durbin(model.autocorrelation - np.einsum("vij,jv->iv", inverse, error))
         better = now < size[active]
@@ -390,34 +444,44 @@ def _least_squares(target: Floats, G: Floats) -> tuple[Floats, Floats]:
 
     Returns coefficients (N, V) and the largest error (V,).
     """
-    N, V = target.shape
+    V = target.shape[1]
     # Next to the bounds there are minima that are not the least.
-    model = of_partial(np.clip(_near_white(target, G)[0].partial, -INSIDE, INSIDE))
-    error = _expected(model, G) - target
-    damping = np.full(V, 1e-3)
+    partial = np.clip(_near_white(target, G).partial, -INSIDE, INSIDE)
+    error = _expected(of_partial(partial), G) - target
+    damping, active = np.full(V, 1e-3), np.arange(V)
     for _ in range(2 * MAX_STEPS):
-        jacobian = np.empty((V, N, N))
-        for j in range(N):
-            # Towards 0, so as to stay within bounds.
-            h = np.where(model.partial[j] > 0, -DIFFERENCE, DIFFERENCE)
-            moved = model.partial.copy()
-            moved[j] += h
-            jacobian[:, :, j] = ((_expected(of_partial(moved), G) - target - error) / h).T
-        gradient = np.einsum("vij,iv->vj", jacobian, error)
-        stuck = (np.abs(model.partial.T) >= LARGEST) & (gradient * model.partial.T < 0)
-        free = ~stuck[:, :, None] & ~stuck[:, None, :]
-        hessian = np.where(free, np.einsum("vij,vik->vjk", jacobian, jacobian), 0.0)
-        hessian += np.eye(N) * (damping[:, None, None] + stuck[:, :, None])
-        step = np.linalg.solve(hessian, np.where(stuck, 0.0, -gradient)[..., None])[..., 0].T
-        new = of_partial(np.clip(model.partial + step, -LARGEST, LARGEST))
-        new_error = _expected(new, G) - target
-        better = (new_error**2).sum(axis=0) < (error**2).sum(axis=0)
-        model = AR(*(np.where(better, now, old) for now, old in zip(new, model, strict=True)))
-        error = np.where(better, new_error, error)
-        damping = np.clip(np.where(better, damping / 10, damping * 10), 1e-12, 1e6)
+        old, old_error, wanted = partial[:, active], error[:, active], target[:, active]
+        new = np.clip(old + _damped_step(old, old_error, wanted, damping[active], G), -LARGEST, LARGEST)
+        new_error = _expected(of_partial(new), G) - wanted
+        better = (new_error**2).sum(axis=0) < (old_error**2).sum(axis=0)
+        partial[:, active] = np.where(better, new, old)
+        error[:, active] = np.where(better, new_error, old_error)
+        damping[active] = np.clip(np.where(better, damping[active] / 10, damping[active] * 10), 1e-12, 1e6)
+        active = active[np.abs(new - old).max(axis=0) > SETTLED]
+        if not active.size:
+            break
     size = np.abs(error).max(axis=0)
-    rough = np.clip(np.round(model.partial, DECIMALS), -LARGEST, LARGEST)
-    return of_partial(np.where(size < TOLERANCE, model.partial, rough)).rho, size
+    rough = np.clip(np.round(partial, DECIMALS), -LARGEST, LARGEST)
+    return of_partial(np.where(size < TOLERANCE, partial, rough)).rho, size
+
+
+def _damped_step(partial: Floats, error: Floats, target: Floats, damping: Floats, G: Floats) -> Floats:
+    """A step of Levenberg's method for the partial autocorrelations (N, V) that are not held by their bounds."""
+    N, V = partial.shape
+    jacobian = np.empty((V, N, N))
+    for j in range(N):
+        # Towards 0, so as to stay within bounds.
+        h = np.where(partial[j] > 0, -DIFFERENCE, DIFFERENCE)
+        moved = partial.copy()
+        moved[j] += h
+        jacobian[:, :, j] = ((_expected(of_partial(moved), G) - target - error) / h).T
+    gradient = np.einsum("vij,iv->vj", jacobian, error)
+    stuck = (np.abs(partial.T) >= LARGEST) & (gradient * partial.T < 0)
+    free = ~stuck[:, :, None] & ~stuck[:, None, :]
+    hessian = np.where(free, np.einsum("vij,vik->vjk", jacobian, jacobian), 0.0)
+    hessian += np.eye(N) * (damping[:, None, None] + stuck[:, :, None])
+    step: Floats = np.linalg.solve(hessian, np.where(stuck, 0.0, -gradient)[..., None])[..., 0].T
+    return step
 
 
 class AR(NamedTuple):
@@ -473,14 +537,24 @@ def _recursion(next_partial: Callable[[int, Floats, Floats], Floats], shape: tup
 
 def _expected(model: AR, G: Floats) -> Floats:
     """Expected r_l / r_0 of residuals, (N, V), under the noise of some models."""
-    N = len(model.rho)
-    lags = np.empty((G.shape[1], model.rho.shape[1]))
-    lags[0] = 1
-    lags[1 : N + 1] = model.autocorrelation
-    backwards = model.rho[::-1]
-    for k in range(N + 1, len(lags)):
-        np.einsum("iv,iv->v", backwards, lags[k - N : k], out=lags[k])
+    N, K = len(model.rho), G.shape[1]
+    first = min(N + 1, K)
+    window, backwards = model.autocorrelation, model.rho[::-1]
     # Not by BLAS, whose result for a voxel depends on its place among the others by a bit.
-    expected = np.einsum("lk,kv->lv", G, lags)
+    expected = np.einsum("lk,kv->lv", G[:, 1:first], window[: first - 1])
+    expected += G[:, :1]
+    going = np.arange(window.shape[1])
+    for start in range(first, K, SEGMENT):
+        n = min(SEGMENT, K - start)
+        lags = scratch("lags", (N + n, len(going)))
+        lags[:N] = window
+        for k in range(n):
+            np.einsum("iv,iv->v", backwards, lags[k : k + N], out=lags[N + k])
+        expected[:, going] += np.einsum("lk,kv->lv", G[:, start : start + n], lags[N:])
+        window = lags[n:]
+        goes_on = np.abs(window).max(axis=0) > DECAYED
+        if not goes_on.any():
+            break
+        going, backwards, window = going[goes_on], backwards[:, goes_on], window[:, goes_on]
     ratio: Floats = expected[1:] / expected[0]
     return ratio

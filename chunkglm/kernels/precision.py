@@ -161,8 +161,8 @@ def factorise(block: Floats) -> Floats:
     """
     for j in range(block.shape[1]):
         column = block[j:, j]
-        for k in range(j):
-            column -= block[j:, k] * block[j, k]
+        if j:
+            column -= np.einsum("ik...,k...->i...", block[j:, :j], block[j, :j])
         column /= np.sqrt(column[0])
     return block
 

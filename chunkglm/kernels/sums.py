@@ -10,16 +10,15 @@ cancels that the model does not remove itself.
 
 from __future__ import annotations
 
-import math
-import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from chunkglm.kernels.scratch import scratch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    import numpy.typing as npt
     from numpy.typing import NDArray
 
     from chunkglm.kernels.basis import Basis
@@ -115,7 +114,7 @@ class Accumulator:
             if not kept.all():
                 values[~kept] = 0
             tile.near[near] = values[basis.near[near] - done]
-            tile.products[:] += np.matmul(rows, values, out=_scratch("products", tile.products.shape))
+            tile.products[:] += np.matmul(rows, values, out=scratch("products", tile.products.shape))
             _add(tile, values)
         self._done += len(block)
         if self._done >= 2 * self._centred and basis.kept[: self._done].any():
@@ -187,24 +186,10 @@ def _make_tiles(basis: Basis, sizes: Sequence[int]) -> list[Sums]:
     return tiles
 
 
-_kept = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...], dtype: npt.DTypeLike = np.float64) -> NDArray[Any]:
-    """An array in memory that this thread keeps for it: what is asked of the system anew each time costs more than sums."""
-    dtype = np.dtype(dtype)
-    n_bytes = math.prod(shape) * dtype.itemsize
-    memory: NDArray[np.uint8] | None = getattr(_kept, name, None)
-    if memory is None or len(memory) < n_bytes:
-        memory = np.empty(n_bytes, dtype=np.uint8)
-        setattr(_kept, name, memory)
-    return memory[:n_bytes].view(dtype).reshape(shape)
-
-
 def _gather(flat: NDArray[Any], voxels: NDArray[np.intp], *, finite: bool) -> Floats:
     """Samples of some voxels, (n, v), valid until the next."""
     shape = len(flat), len(voxels)
-    taken, values = _scratch("taken", shape, flat.dtype), _scratch("values", shape)
+    taken, values = scratch("taken", shape, flat.dtype), scratch("values", shape)
     # The numbers are within the volume; without checks, nothing is buffered.
     flat.take(voxels, axis=1, out=taken, mode="clip")
     values[...] = taken
@@ -263,7 +248,7 @@ def _shift(sums: Sums, totals: Floats, by: Floats, linear: Floats, *, plain: Flo
     place = len(totals) - N - 1
     sums.squares[:] += 2 * by * sums.products[place] + totals[place] * by**2
     sums.lagged[:] += by * linear + totals[place + 1 :, None] / 2 * by**2
-    change = _scratch("products", sums.products.shape)
+    change = scratch("products", sums.products.shape)
     sums.products[:] += np.multiply.outer(totals if plain is None else plain, by, out=change)
     sums.near[:] += by
     sums.newest[:] += by
