@@ -153,8 +153,8 @@ class RunPlan(NamedTuple):
     label : str
     run : Dataset
         Without the volumes that the reference drops.
-    kept : ndarray of bool, shape (T,)
-        Volumes of the recording that are not dropped: all but those.
+    drops : bool
+        Whether there are such volumes.
     mask : DataArray
     model : Model
     columns : ndarray of int, shape (P,)
@@ -165,7 +165,7 @@ class RunPlan(NamedTuple):
 
     label: str
     run: xr.Dataset
-    kept: NDArray[np.bool_]
+    drops: bool
     mask: xr.DataArray
     model: kernel.Model
     columns: NDArray[np.intp]
@@ -234,10 +234,9 @@ def plan_fit(
     for label, run in run_of.items():
         design, kept = design_of[label], kept_of[label]
         X = design.to_numpy(dtype=np.float64)
-        used = np.ones(len(kept), dtype=bool)
-        if compat == "nilearn" and not kept.all():
+        drops = compat == "nilearn" and not kept.all()
+        if drops:
             # The reference drops censored volumes, and filters across the gaps.
-            used = kept
             run, X, kept = run.isel(time=np.flatnonzero(kept)), X[kept], kept[kept]  # noqa: PLW2901
         run_mask = _own_mask(run, label) if given_mask is None else given_mask
         chosen = order
@@ -246,7 +245,7 @@ def plan_fit(
             largest, _ = _model_of(label, X, kept, highest, scaling=signal_scaling, compat=None)
             chosen = _best_order(run, run_mask, largest)
         model, dof = _model_of(label, X, kept, chosen, scaling=signal_scaling, compat=compat)
-        plans.append(RunPlan(label, run, used, run_mask, model, _columns(design, regressors), dof))
+        plans.append(RunPlan(label, run, drops, run_mask, model, _columns(design, regressors), dof))
     attrs: dict[str, Any] = {
         "kind": "fit",
         "format_version": FORMAT_VERSION,

@@ -29,9 +29,12 @@ if TYPE_CHECKING:
 
 
 def spatial_chunks(fit_plan: FitPlan) -> tuple[tuple[int, ...], ...] | None:
-    """Chunks along z, y, x that all runs have; None if they have not the same, or the fit needs more than one pass."""
+    """Chunks along z, y, x that all runs have; None if they have not the same, or the runs are not fitted as they come.
+
+    They are not where a mean of the run is needed first, or volumes are dropped.
+    """
     found = {as_blocks(one.run["bold"]).data.chunks[1:] for one in fit_plan.runs}
-    one_pass = all(one.model.scaling != "run" for one in fit_plan.runs)
+    one_pass = all(one.model.scaling != "run" and not one.drops for one in fit_plan.runs)
     return found.pop() if one_pass and len(found) == 1 else None
 
 
@@ -77,7 +80,6 @@ class StreamedRun:
         self._places = plan.voxel_blocks((z, y, x), lengths)
         self._mask: NDArray[np.bool_] = one.mask.transpose(*SPACE).to_numpy()
         self._sums = [self._accumulator(place) for place in self._places]
-        self._done = [0] * len(self._places)
 
     def _accumulator(self, place: Place) -> Accumulator | None:
         voxels = np.flatnonzero(self._mask[place])
@@ -86,13 +88,9 @@ class StreamedRun:
 
     def add(self, number: int, block: NDArray[Any]) -> None:
         """Add the next volumes (n, z, y, x) of a voxel block, numbered as :func:`chunkglm.plan.voxel_blocks` does."""
-        start = self._done[number]
-        self._done[number] += len(block)
         sums = self._sums[number]
-        if sums is None:
-            return
-        kept = self._plan.kept[start : start + len(block)]
-        sums.add(block if kept.all() else block[kept])
+        if sums is not None:
+            sums.add(block)
 
     def write(self, writer: StoreWriter, n_threads: int) -> None:
         """Estimate, and write what was estimated, once all volumes were added."""

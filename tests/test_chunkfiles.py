@@ -1,0 +1,96 @@
+"""Chunks as files: Zarr's own bytes, read as Zarr reads them, and nothing that is damaged."""
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+import chunkglm as cg
+from chunkglm import chunkfiles
+from chunkglm.chunkfiles import ChunkProblemError, Entry, read_chunk, write_chunk
+
+DTYPES = ["int16", "uint8", "float32", "float64", "int64", "bool"]
+
+
+def values_of(dtype, shape, seed=0):
+    return (np.random.default_rng(seed).normal(0, 50, shape)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bytes_are_those_of_zarr(tmp_path, dtype):
+    values = values_of(dtype, (7, 10, 9))
+    codec = BloscCodec(cname="lz4", clevel=1, shuffle="shuffle", typesize=values.itemsize)
+    options = {"compressors": [codec, Crc32cCodec()], "config": {"write_empty_chunks": True}}
+    array = zarr.create_array(tmp_path / "a.zarr", shape=(7, 10, 9), chunks=(4, 5, 9), dtype=dtype, **options)
+    array[...] = values
+    for t in (0, 1):
+        for y in (0, 1):
+            part = values[4 * t : 4 * t + 4, 5 * y : 5 * y + 5]
+            write_chunk(tmp_path / "own" / "c" / f"{t}{y}", part, (4, 5, 9))
+            theirs = (tmp_path / "a.zarr" / "c" / str(t) / str(y) / "0").read_bytes()
+            assert (tmp_path / "own" / "c" / f"{t}{y}").read_bytes() == theirs
+            entry = Entry(len(theirs), int.from_bytes(theirs[-4:], "little"))
+            for expected in (entry, None):
+                got = read_chunk(tmp_path / "own" / "c" / f"{t}{y}", expected, (4, 5, 9), np.dtype(dtype))
+                np.testing.assert_array_equal(got[tuple(slice(n) for n in part.shape)], part)
+    assert sorted(path.name for path in (tmp_path / "own" / "c").iterdir()) == ["00", "01", "10", "11"]
+
+
+def test_every_damage_is_told(tmp_path):
+    path, values = tmp_path / "0", values_of("float32", (8, 9))
+    write_chunk(path, values, (8, 9))
+    whole = path.read_bytes()
+    entry = Entry(len(whole), int.from_bytes(whole[-4:], "little"))
+
+    def read(content, expected=entry):
+        path.write_bytes(content)
+        return read_chunk(path, expected, (8, 9), values.dtype)
+
+    np.testing.assert_array_equal(read(whole), values)
+    for place in range(0, len(whole), 7):
+        flipped = bytearray(whole)
+        flipped[place] ^= 4
+        for expected in (entry, None):
+            with pytest.raises(ChunkProblemError, match="altered"):
+                read(bytes(flipped), expected)
+    for content in (whole[:-1], whole + b"\0", b"", whole[:10]):
+        with pytest.raises(ChunkProblemError, match="altered"):
+            read(content)
+    # A sound chunk from elsewhere, and one of another shape.
+    write_chunk(path, values + 1, (8, 9))
+    with pytest.raises(ChunkProblemError, match="altered"):
+        read_chunk(path, entry, (8, 9), values.dtype)
+    with pytest.raises(ChunkProblemError, match="length"):
+        read_chunk(path, None, (8, 8), values.dtype)
+    path.unlink()
+    with pytest.raises(ChunkProblemError, match="missing"):
+        read_chunk(path, entry, (8, 9), values.dtype)
+
+
+def test_what_cannot_be_written_leaves_no_chunk(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(chunkfiles.google_crc32c, "value", full)
+    with pytest.raises(OSError, match="No space"):
+        write_chunk(tmp_path / "0", np.zeros(3), (3,))
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(st.data())
+def test_any_selection_is_that_of_the_values(tmp_path_factory, data):
+    """Slices within a chunk are read from its file, all others through zarr."""
+    shape = (9, 8, 7)
+    values = values_of("float32", shape)
+    place = tmp_path_factory.mktemp("store") / "a.zarr"
+    ds = xr.Dataset({"a": (("z", "y", "x"), values)}).chunk(z=4, y=5, x=7)
+    opened = cg.save(ds, place)
+    key = {}
+    for dim, n in zip("zyx", shape, strict=True):
+        whole, some = st.just(slice(None)), st.builds(slice, st.integers(0, n), st.integers(0, n))
+        strided = st.builds(slice, st.integers(0, n), st.none(), st.integers(1, 3))
+        key[dim] = data.draw(st.one_of(whole, some, strided, st.integers(-n, n - 1)))
+    np.testing.assert_array_equal(opened["a"].isel(key), values[tuple(key.values())])
