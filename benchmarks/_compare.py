@@ -146,11 +146,11 @@ def print_comparison(
     for name, runs in found.items():
         faster = smaller = ""
         if name != reference:
-            faster = spread([b.wall / a.wall for a, b in zip(runs, base, strict=True)])
-            smaller = spread([b.memory / a.memory for a, b in zip(runs, base, strict=True)])
+            faster = spread([b.wall / a.wall for a, b in zip(runs, base, strict=True)], 2)
+            smaller = spread([b.memory / a.memory for a, b in zip(runs, base, strict=True)], 2)
         cells = [
             name,
-            spread([one.wall for one in runs]),
+            spread([one.wall for one in runs], 2),
             spread([one.cpu for one in runs]),
             format_bytes(statistics.median(one.memory for one in runs)),
             faster,

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from benchmarks import _compare, _study, calibration, memory, store_layouts
+from benchmarks import _compare, _study, calibration, memory, picture, store_layouts
 from chunkglm.testing import write_simulated_run
 
 SIZE = ["--shape", "12", "14", "10", "--volumes", "40", "--voxels", "300"]
@@ -40,7 +40,7 @@ def rows_of(text):
             "convert",
             [
                 "inflate alone",
-                "chunkglm's imports and inflate",
+                "chunkglm's imports, and inflate",
                 "chunkglm convert",
                 "chunkglm convert --smoothing-fwhm 5",
             ],
@@ -79,7 +79,7 @@ def test_take_turns__pairs_the_runs_of_commands_and_says_what_failed(capsys):
         "b": [_compare.Measured(2.0, 1.0, 10), _compare.Measured(3.0, 1.0, 20)],
     }
     _compare.print_comparison(pairs, "a")
-    assert "3.5 (3.0-4.0) | 3.0 (2.0-4.0)" in capsys.readouterr().out
+    assert "3.50 (3.00-4.00) | 3.00 (2.00-4.00)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no such thing"):
         _compare.measure([_compare.PYTHON, "-c", "raise SystemExit('no such thing')"])
 
@@ -120,3 +120,20 @@ def test_calibration__prints_and_draws_every_row(tmp_path, capsys, monkeypatch):
     assert sum("20% censored" in row[1] for row in rows) == 2 * len(calibration.NOISE)
     assert all(0 <= float(cell.strip("| ")) <= 1 for row in rows for cell in row[3:])
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_picture__draws_the_ratios_of_tables(tmp_path):
+    table = (
+        "| command | wall s | cpu s | peak memory | times faster | times smaller | goal |\n"
+        "|---|---|---|---|---|---|---|\n"
+        "| theirs | 9.0 | 9.0 | 3.0 GiB |  |  |  |\n"
+        "| ours | 1.0 (0.9-1.2) | 1.0 | 300 MiB | 9.0 (8.5-9.5) | 10.0 | 8 to 12 times; a tenth |\n"
+        "| once | 1.0 | 1.0 | 300 MiB | 0.6 | 10.0 |  |\n"
+    )
+    assert picture.read_rows(table) == [
+        picture.Row("ours", (8.5, 9.0, 9.5), (8.0, 12.0)),
+        picture.Row("once", (0.6, 0.6, 0.6), None),
+    ]
+    (tmp_path / "results.txt").write_text(table)
+    picture.main([str(tmp_path / "results.txt"), "--picture", str(tmp_path / "picture.png")])
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
