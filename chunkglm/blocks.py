@@ -76,13 +76,18 @@ class _VoxelBlock:
         mask = self.mask.make()
         voxels = np.flatnonzero(mask)
         if not voxels.size:
-            return np.full((self.n_rows, *mask.shape), np.nan)
+            return nothing(self.n_rows, mask.shape)
         with single_blas_thread():
             return scatter(self.function(self.time_blocks(), voxels, *self.arguments, *computed), mask)
 
     def time_blocks(self) -> Iterator[Array]:
         for recipe in self.signal:
             yield recipe.make()
+
+
+def nothing(n_rows: int, shape: tuple[int, ...]) -> Array:
+    """Rows of a voxel block without a voxel in the mask: one NaN, broadcast, which costs little to make and to store."""
+    return np.broadcast_to(np.float64(np.nan), (n_rows, *shape))
 
 
 def scatter(values: Array, mask: Array) -> Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import google_crc32c
@@ -58,13 +59,9 @@ def write_chunk(path: Path, values: NDArray[Any], shape: tuple[int, ...]) -> Non
     shape : tuple of int
         Of the chunk.
     """
-    if values.shape != shape:
-        whole = np.zeros(shape, dtype=values.dtype)
-        whole[tuple(slice(n) for n in values.shape)] = values
-        values = whole
-    values = np.ascontiguousarray(values)
-    compressed = blosc.compress(values, CNAME.encode(), CLEVEL, blosc.SHUFFLE, 0, values.itemsize)
-    checksum = google_crc32c.value(compressed).to_bytes(CHECKSUM_BYTES, "little")
+    compressed, checksum = (
+        _encode_constant(values, shape) if not any(values.strides) else _encode(values, shape)
+    )
     partial = path.with_name(path.name + PARTIAL)
     try:
         file = partial.open("wb", buffering=0)
@@ -77,6 +74,29 @@ def write_chunk(path: Path, values: NDArray[Any], shape: tuple[int, ...]) -> Non
             while view:
                 view = view[file.write(view) :]
     partial.replace(path)
+
+
+def _encode(values: NDArray[Any], shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """Compressed bytes of a chunk, and their checksum."""
+    if values.shape != shape:
+        whole = np.zeros(shape, dtype=values.dtype)
+        whole[tuple(slice(n) for n in values.shape)] = values
+        values = whole
+    values = np.ascontiguousarray(values)
+    compressed = blosc.compress(values, CNAME.encode(), CLEVEL, blosc.SHUFFLE, 0, values.itemsize)
+    return compressed, google_crc32c.value(compressed).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _encode_constant(values: NDArray[Any], shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """The same of one value that was broadcast: blocks without a voxel are many, and all alike."""
+    return _encoded_constant(values.flat[0].tobytes(), values.dtype.str, values.shape, shape)
+
+
+@lru_cache(maxsize=16)
+def _encoded_constant(
+    value: bytes, dtype: str, inside: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[bytes, bytes]:
+    return _encode(np.broadcast_to(np.frombuffer(value, dtype=dtype), inside), shape)
 
 
 def read_chunk(path: Path, entry: Entry | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

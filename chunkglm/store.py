@@ -723,6 +723,24 @@ class StoreWriter:
             part = values[tuple(slice(p, p + length) for p, length in zip(place, shape, strict=True))]
             self.write_chunk(name, index, part)
 
+    def compute(self, ds: xr.Dataset, pending: Any) -> None:
+        """Compute and write what is lazy.
+
+        Parameters
+        ----------
+        ds : Dataset
+            As it was given to :meth:`create`.
+        pending : dask.Delayed
+            What that gave back.
+        """
+        lazy = {str(name): variable for name, variable in ds.variables.items() if variable.chunks is not None}
+        local = isinstance(self._backend, zarr.storage.LocalStore)
+        if local and all(map(_is_stored_as_it_is, lazy.values())):
+            targets = [_ChunkTarget(self, name) for name in lazy]
+            da.store([variable.data for variable in lazy.values()], targets, lock=False)
+        else:
+            pending.compute()
+
     def finish(self, attrs: Mapping[str, Any]) -> None:
         """Write the manifest and then, last, the root with ``attrs`` added to its attributes."""
         manifest = canonical_json(_make_manifest(self._backend))
@@ -750,6 +768,29 @@ class StoreWriter:
             for key in sorted(arrays)
         }
         return {"kind": "inline", "must_understand": False, "metadata": found}
+
+
+class _ChunkTarget:
+    """An array of a store under construction, to which dask writes chunk by chunk."""
+
+    def __init__(self, writer: StoreWriter, name: str) -> None:
+        self._writer, self._name = writer, name
+
+    def __setitem__(self, key: tuple[slice, ...], values: np.ndarray[Any, Any]) -> None:
+        self._writer.write_block(self._name, tuple(part.start for part in key), values)
+
+
+def _is_stored_as_it_is(variable: xr.Variable) -> bool:
+    """Whether xarray would write the values of a variable as they lie in memory."""
+    encoding = variable.encoding
+    fill = encoding.get("_FillValue")
+    return (
+        variable.ndim > 0
+        and chunkfiles.is_plain(variable.dtype)
+        and encoding.get("dtype", variable.dtype) == variable.dtype
+        and not {"scale_factor", "add_offset", "missing_value"} & set(encoding)
+        and (fill is None or bool(np.isnan(fill)))
+    )
 
 
 def _compressors(dtype: np.dtype[Any]) -> list[Any]:
@@ -959,7 +1000,7 @@ def save(
     with writing(store, overwrite=overwrite) as writer:
         pending = writer.create(ds, chunk_shapes(ds))
         with _Counting(progress) if progress else nullcontext():
-            pending.compute()
+            writer.compute(ds, pending)
         writer.finish({})
     return open_store(store)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chunkglm import plan
-from chunkglm.blocks import as_blocks, blank, scatter, single_blas_thread
+from chunkglm.blocks import as_blocks, blank, nothing, scatter, single_blas_thread
 from chunkglm.glm import assemble, rows_of, split_rows
 from chunkglm.kernels.glm import fit_sums
 from chunkglm.kernels.sums import Accumulator
@@ -112,5 +112,5 @@ class StreamedRun:
         sums, self._sums[number] = self._sums[number], None
         mask = self._mask[self._places[number]]
         if sums is None:
-            return np.full((self._plan.n_rows, *mask.shape), np.nan)
+            return nothing(self._plan.n_rows, mask.shape)
         return scatter(rows_of(fit_sums(sums.sums(), self._plan.model), self._plan.columns), mask)

@@ -39,6 +39,16 @@ def test_the_bytes_are_those_of_zarr(tmp_path, dtype):
     assert sorted(path.name for path in (tmp_path / "own" / "c").iterdir()) == ["00", "01", "10", "11"]
 
 
+def test_one_value_that_was_broadcast_is_written_as_any_other(tmp_path):
+    for value, dtype in ((np.nan, "float64"), (7, "int16"), (True, "bool")):
+        one = np.broadcast_to(np.array(value, dtype=dtype), (3, 4))
+        write_chunk(tmp_path / "constant", one, (4, 4))
+        write_chunk(tmp_path / "plain", np.array(one), (4, 4))
+        assert (tmp_path / "constant").read_bytes() == (tmp_path / "plain").read_bytes()
+        got = read_chunk(tmp_path / "constant", None, (4, 4), np.dtype(dtype))
+        np.testing.assert_array_equal(got[:3], one)
+
+
 def test_every_damage_is_told(tmp_path):
     path, values = tmp_path / "0", values_of("float32", (8, 9))
     write_chunk(path, values, (8, 9))
