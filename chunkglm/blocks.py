@@ -202,7 +202,7 @@ def map_rows(function: Callable[..., Array], *arrays: Any, n_rows: int) -> Any:
     pairs: list[Any] = []
     for array in arrays:
         full = {axis: sizes for axis, sizes in chunks.items() if array.shape[axis] == shape[axis - 1]}
-        pairs += [da.asarray(array).rechunk({0: -1, **full}), index]
+        pairs += [_rechunk(da.asarray(array), {0: -1, **full}), index]
     return da.blockwise(
         function,
         index,
@@ -223,7 +223,12 @@ def as_chunked(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
     """Make a dask array with the given chunks along its last axes."""
     array = da.asarray(array)
     first = array.ndim - len(chunks)
-    return array.rechunk({first + axis: sizes for axis, sizes in enumerate(chunks)})
+    return _rechunk(array, {first + axis: sizes for axis, sizes in enumerate(chunks)})
+
+
+def _rechunk(array: Any, chunks: dict[int, Any]) -> Any:
+    """Change chunks by tasks. To choose between ways of doing that, dask would import all of distributed."""
+    return array.rechunk(chunks, method="tasks")
 
 
 def blank(n_rows: int, chunks: tuple[tuple[int, ...], ...]) -> Any:

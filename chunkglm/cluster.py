@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import dask
+import dask.threaded
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -78,7 +79,8 @@ def threads(number: int) -> Iterator[None]:
     number : int
         Voxel blocks that are worked on at a time. It changes no result.
     """
-    with streaming(), dask.config.set(scheduler="threads", num_workers=number):
+    # By its function: where dask is given a name, it imports distributed to look for a cluster.
+    with streaming(), dask.config.set(scheduler=dask.threaded.get, num_workers=number):
         yield
 
 

@@ -564,7 +564,7 @@ def _check_design(X: NDArray[np.float64], basis: Basis, label: str, *, reference
             f"The design of run {label} has {P} regressors of rank {basis.rank}: some are redundant. Contrasts that "
             "the data cannot tell apart will be refused.",
             ChunkGLMWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     if reference_rules and not basis.spans_constant:
         raise DesignError(

@@ -36,6 +36,7 @@ import zarr.core.sync
 import zarr.storage
 from dask.base import tokenize
 from dask.callbacks import Callback
+from dask.local import get_sync
 from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.core.buffer import default_buffer_prototype
 
@@ -182,6 +183,11 @@ def _make_manifest(backend: zarr.abc.store.Store) -> dict[str, Entry]:
 def _entry_at(backend: zarr.abc.store.Store, key: str) -> Entry:
     if _is_metadata(key):
         return _entry(key, _read(backend, key) or b"")
+    if isinstance(backend, zarr.storage.LocalStore):
+        with (backend.root / key).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 4, 0))
+            return Entry(size, int.from_bytes(file.read(), "little"))
     last_four = zarr.abc.store.SuffixByteRequest(4)
     tail = zarr.core.sync.sync(backend.get(key, default_buffer_prototype(), last_four))
     size = zarr.core.sync.sync(backend.getsize(key))
@@ -372,7 +378,7 @@ def open_store(store: StoreLike) -> xr.Dataset:
         and variable.nbytes <= plan.CHUNK_BYTES
     ]
     # Not on the user's scheduler: opening is not computing.
-    return ds.assign({name: ds[name].compute(scheduler="synchronous") for name in small})
+    return ds.assign({name: ds[name].compute(scheduler=get_sync) for name in small})
 
 
 class StoredArray:

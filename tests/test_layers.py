@@ -235,3 +235,20 @@ def test_import__stays_light():
             [sys.executable, "-c", setup + code], capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == expected
+
+
+def test_import__a_job_does_not_load_distributed():
+    """It takes a third of a second, and dask loads it to choose between schedulers or ways to change chunks."""
+    code = (
+        "import sys, numpy as np, chunkglm as cg, xarray as xr\n"
+        "from chunkglm.cluster import threads\n"
+        "from chunkglm.testing import simulate_run\n"
+        "run = simulate_run(shape=(6, 7, 8), n_volumes=40)\n"
+        "ds = run.drop_vars('design').chunk(z=3, time=11)\n"
+        "fit = cg.fit(ds, run['design'].to_pandas())\n"
+        "with threads(2):\n"
+        "    cg.fixed_effects(cg.contrast(fit, 'DSt - SSt')).z_score.compute()\n"
+        "print('distributed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
