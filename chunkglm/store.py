@@ -451,8 +451,10 @@ def _read_directly(variable: xr.DataArray, name: str, store: _CheckedStore) -> x
     array = cast("Any", zarr.open_array(cast("Any", store), path=name, mode="r"))
     packing = nifti.source_packing(variable)
     usual = array.dtype == variable.dtype if packing is None else variable.dtype == np.float64
-    codecs = array.metadata.codecs[1:]
-    if not usual or not chunkfiles.is_plain(array.dtype) or codecs != tuple(_compressors(array.dtype)):
+    codecs, ours = (
+        [one.to_dict() for one in some] for some in (array.metadata.codecs[1:], _compressors(array.dtype))
+    )
+    if not usual or not chunkfiles.is_plain(array.dtype) or codecs != ours:
         return variable
     if "_FillValue" in encoding and not np.isnan(encoding["_FillValue"]):
         return variable

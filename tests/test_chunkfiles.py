@@ -104,3 +104,30 @@ def test_any_selection_is_that_of_the_values(tmp_path_factory, data):
         strided = st.builds(slice, st.integers(0, n), st.none(), st.integers(1, 3))
         key[dim] = data.draw(st.one_of(whole, some, strided, st.integers(-n, n - 1)))
     np.testing.assert_array_equal(opened["a"].isel(key), values[tuple(key.values())])
+
+
+@pytest.mark.parametrize("slope", [None, 0.5])
+def test_chunks_of_opened_stores_are_read_without_zarr_and_once(tmp_path, monkeypatch, slope):
+    values = values_of("int16", (6, 4, 5, 3))
+    dims = ("time", "z", "y", "x")
+    ds = xr.Dataset({"bold": (dims, values), "beta": (dims[1:], values[0] * 0.5)}).chunk(time=2, z=4)
+    if slope is not None:
+        ds["bold"].encoding = {"dtype": np.dtype(np.int16), "scale_factor": slope, "add_offset": 1.0}
+        ds["bold"] = ds["bold"].astype(np.float64) * slope + 1.0
+        ds["bold"].encoding = {"dtype": np.dtype(np.int16), "scale_factor": slope, "add_offset": 1.0}
+    cg.save(ds, tmp_path / "a.zarr")
+    read = []
+    original = chunkfiles.read_chunk
+
+    def watched(path, *rest):
+        read.append(path.relative_to(tmp_path).as_posix())
+        return original(path, *rest)
+
+    monkeypatch.setattr(chunkfiles, "read_chunk", watched)
+    opened = cg.open_store(tmp_path / "a.zarr")
+    assert read == []
+    np.testing.assert_array_equal(opened["bold"], values * (slope or 1) + (slope is not None))
+    np.testing.assert_array_equal(opened["beta"], values[0] * 0.5)
+    assert sorted(read) == ["a.zarr/beta/c/0/0/0", *(f"a.zarr/bold/c/{t}/0/0/0" for t in range(3))]
+    with xr.open_zarr(tmp_path / "a.zarr") as plain:
+        xr.testing.assert_equal(opened["bold"].variable, plain["bold"].variable)
