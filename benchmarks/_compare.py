@@ -151,7 +151,7 @@ def print_comparison(
         cells = [
             name,
             spread([one.wall for one in runs], 2),
-            spread([one.cpu for one in runs]),
+            spread([one.cpu for one in runs], 2),
             format_bytes(statistics.median(one.memory for one in runs)),
             faster,
             smaller,

@@ -55,7 +55,8 @@ def test_comparison__prints_a_row_for_every_command(name, expected, capsys):
     for cells in rows.values():
         wall, cpu = float(cells[0]), float(cells[1])
         assert wall > 0
-        assert cpu > 0
+        # A decompressor alone is done in no time.
+        assert 0 <= cpu < 3 * wall
 
 
 def test_startup__prints_a_row_for_every_import(capsys):
