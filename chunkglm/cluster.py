@@ -27,47 +27,23 @@ if TYPE_CHECKING:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Parameters of glibc's mallopt."""
 
-KEPT_BYTES, STREAM_BYTES = 2**20, 12 * 2**20
-"""Memory that each thread may keep for later; and while chunks come and go."""
+KEPT_BYTES = 2**20
+"""Memory that each thread may keep for later. If it could keep a chunk, the peak would grow with the number of chunks."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """Between lines of progress where there is no terminal."""
 
 
-_kept: list[int] = []
-"""What was last said to the C library, if anything."""
-
-
-def return_freed_memory(kept: int = KEPT_BYTES) -> None:
+def return_freed_memory() -> None:
     """Have the C library give large arrays back to the system when they are freed.
 
     By default glibc keeps freed memory of up to 32 MiB a piece for later, and a process that works in blocks of that size
     holds several times what it uses. For the process of the command line; a library does not decide this for others.
-
-    Parameters
-    ----------
-    kept : int
-        Bytes that each thread may keep.
     """
     if platform.libc_ver()[0] == "glibc":
-        _kept[:] = [kept]
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, kept)
-        libc.mallopt(M_TRIM_THRESHOLD, kept)
-        libc.malloc_trim(0)
-
-
-@contextmanager
-def streaming() -> Iterator[None]:
-    """Let threads keep a chunk that they free for the next one, where :func:`return_freed_memory` was called."""
-    if _kept != [KEPT_BYTES]:
-        yield
-        return
-    return_freed_memory(STREAM_BYTES)
-    try:
-        yield
-    finally:
-        return_freed_memory()
+        libc.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
 
 
 @contextmanager
@@ -80,7 +56,7 @@ def threads(number: int) -> Iterator[None]:
         Voxel blocks that are worked on at a time. It changes no result.
     """
     # By its function: where dask is given a name, it imports distributed to look for a cluster.
-    with streaming(), dask.config.set(scheduler=dask.threaded.get, num_workers=number):
+    with dask.config.set(scheduler=dask.threaded.get, num_workers=number):
         yield
 
 

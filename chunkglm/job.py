@@ -27,7 +27,7 @@ from chunkglm import grids, nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
 from chunkglm.blocks import compute
-from chunkglm.cluster import stage, streaming, threads
+from chunkglm.cluster import stage, threads
 from chunkglm.contrasts import check_contrast, contrast
 from chunkglm.convert import convert_run, describe_run
 from chunkglm.design import as_design, read_design, read_sample_mask
@@ -58,8 +58,8 @@ class Models(NamedTuple):
     kept: dict[str, np.ndarray[Any, Any]]
 
 
-MAPS_SHARE = 0.1
-"""Part of the memory that finished maps may take while they wait to be written."""
+MAPS_AT_A_TIME, MAPS_SHARE = 2, 0.25
+"""Runs, or fixed effects, whose maps are computed together, if this part of the memory holds them."""
 
 MANY_AT_LIMIT = 0.01
 """Part of the voxels whose autocorrelation is at its limit, above which it is worth a warning."""
@@ -433,7 +433,7 @@ def _convert(
     consume: Consumer | None = None,
 ) -> xr.Dataset:
     title = f"{'Converting' if consume is None else 'Converting and fitting'} {Path(source).name}"
-    with stage(console, title, "volumes", quiet=quiet) as progress, streaming():
+    with stage(console, title, "volumes", quiet=quiet) as progress:
         return convert_run(
             source,
             _run_place(job, number),
@@ -540,10 +540,11 @@ def _write_all(
 def _batches(
     entries: list[tuple[str | None, xr.Dataset, list[str]]], memory: int
 ) -> Iterator[list[tuple[str | None, xr.Dataset, list[str]]]]:
-    """Divide maps into as many at a time as a part of the memory holds, at least one."""
-    size = max(MAPS_SHARE * memory // max(one.nbytes for _, one, _ in entries), 1)
-    for start in range(0, len(entries), int(size)):
-        yield entries[start : start + int(size)]
+    """Divide maps into those that are computed at a time: two, if a part of the memory holds them."""
+    largest = max(one.nbytes for _, one, _ in entries)
+    size = MAPS_AT_A_TIME if MAPS_AT_A_TIME * largest <= MAPS_SHARE * memory else 1
+    for start in range(0, len(entries), size):
+        yield entries[start : start + size]
 
 
 def _mean_of(runs: Mapping[str, xr.Dataset]) -> xr.DataArray:
