@@ -38,6 +38,7 @@ da: Any = dask.array
 _optimize: Any = optimize
 _cull: Any = cull
 _compute: Any = dask.base.compute
+_compute_keys: Any = dask.base.compute_as_if_collection
 
 
 class _Recipe(NamedTuple):
@@ -229,6 +230,45 @@ def as_chunked(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
 def _rechunk(array: Any, chunks: dict[int, Any]) -> Any:
     """Change chunks by tasks. To choose between ways of doing that, dask would import all of distributed."""
     return array.rechunk(chunks, method="tasks")
+
+
+class _WriteBlock:
+    """The task that writes one block; a class of its own, so that dask does not look for tasks in it."""
+
+    def __init__(self, write: Callable[[tuple[int, ...], Array], None], start: tuple[int, ...]) -> None:
+        self.write, self.start = write, start
+
+    def __call__(self, block: Array) -> None:
+        self.write(self.start, block)
+
+
+def write_blocks(
+    arrays: Sequence[Any],
+    writers: Sequence[Callable[[tuple[int, ...], Array], None]],
+    is_written: Callable[[int, tuple[int, ...]], bool],
+) -> None:
+    """Compute dask arrays and write them block by block, on the scheduler that dask is set to.
+
+    Parameters
+    ----------
+    arrays : sequence of dask arrays
+    writers : sequence of callable
+        For each array what writes a block, from the place where it starts and its values; must be picklable.
+    is_written : callable
+        From the number of an array and the index of a block to whether it is written already. What only such blocks need
+        is not computed.
+    """
+    token = tokenize([array.name for array in arrays])
+    layer: dict[Any, Any] = {}
+    for number, (array, write) in enumerate(zip(arrays, writers, strict=True)):
+        starts = [np.cumsum((0, *sizes[:-1])).tolist() for sizes in array.chunks]
+        for index in np.ndindex(*array.numblocks):
+            if not is_written(number, index):
+                start = tuple(along[i] for along, i in zip(starts, index, strict=True))
+                layer[f"write-{token}", number, *index] = (_WriteBlock(write, start), (array.name, *index))
+    if layer:
+        graph = HighLevelGraph.from_collections(f"write-{token}", layer, dependencies=list(arrays))
+        _compute_keys(da.Array, graph, list(layer))
 
 
 def blank(n_rows: int, chunks: tuple[tuple[int, ...], ...]) -> Any:

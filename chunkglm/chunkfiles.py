@@ -153,3 +153,39 @@ def _read(path: Path, entry: Entry | None) -> NDArray[np.uint8]:
     if done != size or size <= CHECKSUM_BYTES + 16:
         raise ChunkProblemError("was altered or cut off")
     return buffer[:size]
+
+
+def encode_chunk(values: NDArray[Any], shape: tuple[int, ...]) -> bytes:
+    """Encode one chunk, for places that are no files.
+
+    Parameters
+    ----------
+    values : ndarray
+        At most of the chunk's shape; zeros fill the rest, which lies outside of the array.
+    shape : tuple of int
+        Of the chunk.
+
+    Returns
+    -------
+    bytes
+    """
+    compressed, checksum = _encode(values, shape)
+    return bytes(compressed) + checksum
+
+
+def is_whole(path: Path, entry: Entry | None = None) -> bool:
+    """Whether there is a chunk file that is whole in itself, and the one that an entry of a manifest tells of."""
+    try:
+        content = _read(path, entry)
+    except (ChunkProblemError, OSError):
+        return False
+    checksum = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little")
+    return (entry is None or checksum == entry.crc32c) and google_crc32c.value(
+        content[:-CHECKSUM_BYTES]
+    ) == checksum
+
+
+def is_whole_content(content: bytes) -> bool:
+    """Whether the bytes of a chunk are whole in themselves."""
+    checksum = int.from_bytes(content[-CHECKSUM_BYTES:], "little")
+    return len(content) > CHECKSUM_BYTES and google_crc32c.value(content[:-CHECKSUM_BYTES]) == checksum

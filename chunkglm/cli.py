@@ -24,17 +24,21 @@ from chunkglm._version import __version__
 from chunkglm.cluster import return_freed_memory, stage, threads
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
+from chunkglm.convert import is_converted
 from chunkglm.design import read_column_names, read_design
 from chunkglm.errors import ChunkGLMError, ChunkGLMWarning, InputError, StoreExistsError
 from chunkglm.expressions import contrast_name, parse_definition
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit as fit_runs
 from chunkglm.maps import PROVENANCE, export_maps
+from chunkglm.preflight import check_job, examine
 from chunkglm.report import PICTURES, REPORT, save_figure
 from chunkglm.report import plot as draw
 from chunkglm.report import report as write_report
 from chunkglm.report.cuts import millimetres
 from chunkglm.report.pictures import KINDS
+from chunkglm.request import Job, names_for, sample_mask_of
+from chunkglm.stale import products
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -231,7 +235,7 @@ class _Verbs(click.Group):
         super().add_command(_talk(cmd), name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  (click's)
-        return sorted(self.commands, key=lambda name: name not in ("run", "demo"))
+        return sorted(self.commands, key=lambda name: name not in ("run", "check", "demo"))
 
 
 FIRST_STEPS = """\
@@ -274,13 +278,26 @@ def cli(context: click.Context) -> None:
 @_smoothing
 @_memory
 @_overwrite
-def convert(source: str, store: str, *, overwrite: bool, memory: str, **options: Any) -> None:
+@click.option(
+    "--no-resume",
+    "resume",
+    is_flag=True,
+    default=True,
+    flag_value=False,
+    help="Start anew where it was cut off.",
+)
+def convert(source: str, store: str, *, overwrite: bool, resume: bool, memory: str, **options: Any) -> None:
     """Convert the NIfTI run SOURCE to the run store STORE.
 
     Example: chunkglm convert run1.nii.gz study.zarr/run-1 --mask mask.nii.gz
     """
+    if not overwrite and is_converted(source, store, **options):
+        OUT.print(f"{store} is up to date: made from the same data with the same options.", soft_wrap=True)
+        return
     with stage(ERR, f"Converting {Path(source).name}", "volumes", quiet=_State.quiet) as progress:
-        convert_run(source, store, memory=memory, overwrite=overwrite, progress=progress, **options)
+        convert_run(
+            source, store, memory=memory, overwrite=overwrite, resume=resume, progress=progress, **options
+        )
     OUT.print(f"Wrote {store}", soft_wrap=True)
 
 
@@ -363,10 +380,9 @@ def fit(
 
     Example: chunkglm fit study.zarr --design design1.csv --design design2.csv --output fit.zarr
     """
-    stores.check_free(output, overwrite=overwrite)
     names = read_column_names(column_names) if column_names else None
-    frames = [read_design(path, columns=jobs.names_for(path, names)) for path in designs]
-    masks = [jobs.sample_mask_of(path) for path in sample_masks] or None
+    frames = [read_design(path, columns=names_for(path, names)) for path in designs]
+    masks = [sample_mask_of(path) for path in sample_masks] or None
     scaling = _scaling(signal_scaling)
     lazy = fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **options)
     _save(lazy, output, "Fitting", n_threads=n_threads, overwrite=overwrite)
@@ -385,7 +401,6 @@ def contrast(
 
     Example: chunkglm contrast fit.zarr --contrast "diff=face - house" --output contrasts.zarr
     """
-    stores.check_free(output, overwrite=overwrite)
     lazy = compute_contrast(stores.open_store(fit_store), _read_contrasts(contrasts))
     _save(lazy, output, "Computing contrasts", n_threads=n_threads, overwrite=overwrite)
 
@@ -403,7 +418,6 @@ def combine(
 
     Example: chunkglm combine contrasts.zarr --output fixed.zarr
     """
-    stores.check_free(output, overwrite=overwrite)
     lazy = fixed_effects(stores.open_store(contrast_store), precision_weighted=precision_weighted)
     _save(lazy, output, "Combining runs", n_threads=n_threads, overwrite=overwrite)
 
@@ -556,6 +570,9 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
     default=True,
     help="Draw pictures and the report, or leave it to a later chunkglm report.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Compute nothing: say what is up to date, what would be made, and why."
+)
 @_overwrite
 @_json
 def run(
@@ -564,28 +581,96 @@ def run(
     signal_scaling: str,
     *,
     as_json: bool,
+    dry_run: bool,
     **options: Any,
 ) -> None:
     """Do the whole job for the NIfTI runs RUN.
 
-    It leaves stores, fit, maps of every run and of the fixed effects, and a report. Start with report.html.
+    It leaves stores, fit, maps of every run and of the fixed effects, and a report. Start with report.html. What is there
+    already from the same data and options is kept, and what was cut off goes on.
 
     \b
     Example: chunkglm run run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv \\
                  --mask mask.nii.gz --smoothing-fwhm 5 --contrast "diff=face - house" --output results
     """  # noqa: D301  (click wants the character)
-    job = jobs.Job(
+    job = _job(contrasts, column_names, signal_scaling, options)
+    if dry_run:
+        found = products(job, check_job(job))
+        _print_rows([one._asdict() for one in found], ("product", "state", "why"), as_json=as_json)
+        return
+    summary = jobs.run_job(job, ERR, quiet=_State.quiet)
+    if as_json:
+        _print_json({"output": job.output, **asdict(summary)})
+    else:
+        _show(summary, job.output)
+
+
+def _job(
+    contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, options: dict[str, Any]
+) -> Job:
+    return Job(
         contrasts=_read_contrasts(contrasts),
         column_names=read_column_names(column_names) if column_names else None,
         signal_scaling=_scaling(signal_scaling),
         command=("chunkglm", *_State.arguments),
         **options,
     )
-    summary = jobs.run_job(job, ERR, quiet=_State.quiet)
+
+
+def _print_rows(rows: list[dict[str, str]], headings: tuple[str, ...], *, as_json: bool) -> None:
+    """A table for people, or a list for programs."""
     if as_json:
-        _print_json({"output": job.output, **asdict(summary)})
-    else:
-        _show(summary, job.output)
+        _print_json(rows)
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading == headings[-2] and len(headings) < 4)
+    for row in rows:
+        table.add_row(*row.values())
+    OUT.print(table)
+
+
+@cli.command()
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
+@_design
+@_contrasts
+@click.option(
+    "--output",
+    default=Path(),
+    type=click.Path(path_type=Path),
+    help="Folder that the results would have, for the space there.",
+)
+@_mask
+@_column_names
+@_t_r
+@_smoothing
+@_model
+@_cut_coords
+@_memory
+@_n_threads
+@_json
+def check(
+    contrasts: tuple[str, ...],
+    column_names: str | None,
+    signal_scaling: str,
+    *,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Examine everything that chunkglm run with the same options would need, in seconds.
+
+    Headers against each other and against their sidecars, ends of files, designs, contrasts, a few volumes, memory and disk.
+    All problems are told, and nothing is computed. The exit status is 1 if something is wrong.
+
+    \b
+    Example: chunkglm check run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv \\
+                 --mask mask.nii.gz --smoothing-fwhm 5 --contrast "diff=face - house"
+    """  # noqa: D301  (click wants the character)
+    found = examine(_job(contrasts, column_names, signal_scaling, options)).findings
+    rows = [{"level": one.level, "subject": one.subject, "text": one.text} for one in found]
+    _print_rows(rows, ("", "what", "finding"), as_json=as_json)
+    if any(one.level == "error" for one in found):
+        raise click.exceptions.Exit(1)
 
 
 @cli.command()

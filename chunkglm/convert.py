@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from chunkglm.blocks import single_blas_thread
 from chunkglm.errors import InputError, MaskError
 from chunkglm.kernels.masking import box_of, epi_mask
 from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels, smooth_volume
-from chunkglm.schema import NUMERICAL_VERSION, RUN, SPACE, annotate
+from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, RUN, SPACE, annotate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from chunkglm.kernels.smoothing import Smoother
     from chunkglm.nifti import ImageLike, RunReader
     from chunkglm.plan import Place
-    from chunkglm.store import StoreLike, StoreWriter
+    from chunkglm.store import StoreWriter
+    from chunkglm.store.places import StoreLike
 
     Consumer = Callable[[int, NDArray[Any]], None]
 
@@ -44,6 +46,7 @@ def convert(
     smoothing_fwhm: float | None = None,
     memory: int | str = "1GiB",
     overwrite: bool = False,
+    resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
     """Convert a NIfTI run to a run store.
@@ -52,6 +55,9 @@ def convert(
     ``smoothing_fwhm`` is given; then it holds the smoothed values as float32, in the box about the mask if one is
     given, and NaN outside of it. The mask is found in, or applied to, and the mean image is taken of, the unsmoothed
     signal.
+
+    A store that was made from the same content with the same options is left as it is. Where that was cut off, it goes
+    on: the file is read again, but no chunk that is complete is made again.
 
     Parameters
     ----------
@@ -69,7 +75,9 @@ def convert(
     memory : int or str
         What may be used besides the interpreter and its imports, such as ``"512MiB"``.
     overwrite : bool
-        Replace an existing store.
+        Replace an existing store, also one of the same content.
+    resume : bool
+        Continue what was begun; otherwise start anew.
     progress : callable, optional
         Called with the number of finished volumes and of all volumes, from one thread at a time.
 
@@ -84,8 +92,10 @@ def convert(
         If something about the input cannot be right.
     MemoryBudgetError
         If ``memory`` is too little.
-    StoreExistsError, StoreError
-        If the store cannot be written.
+    StoreExistsError
+        If something else is there, or was begun, and ``overwrite`` is not given.
+    BusyStoreError, StoreError
+        If another process is writing the store, or it cannot be written.
 
     Notes
     -----
@@ -93,15 +103,18 @@ def convert(
     them, with the volume reflected at its edges (see :mod:`chunkglm.kernels.smoothing`). Without a mask, the brain is found
     by the histogram of the temporal mean, as in nilearn 0.14.1 (``compute_epi_mask``): see :mod:`chunkglm.kernels.masking`.
     """
+    options: dict[str, Any] = {"mask": mask, "t_r": t_r, "smoothing_fwhm": smoothing_fwhm}
+    memory = plan.parse_memory(memory)
+    if not overwrite and is_converted(source, store, **options):
+        return stores.open_run(store)
     return convert_run(
         source,
         store,
-        mask=mask,
-        t_r=t_r,
-        smoothing_fwhm=smoothing_fwhm,
-        memory=plan.parse_memory(memory),
+        **options,
+        memory=memory,
         n_threads=plan.available_cpus(),
         overwrite=overwrite,
+        resume=resume,
         progress=progress,
     )
 
@@ -116,6 +129,7 @@ def convert_run(
     memory: int,
     n_threads: int,
     overwrite: bool,
+    resume: bool = True,
     progress: Callable[[int, int], None] | None,
     consume: Consumer | None = None,
 ) -> xr.Dataset:
@@ -123,7 +137,7 @@ def convert_run(
 
     Parameters
     ----------
-    source, store, mask, t_r, smoothing_fwhm, overwrite, progress
+    source, store, mask, t_r, smoothing_fwhm, overwrite, resume, progress
         See :func:`convert`.
     memory : int
         Bytes; fewer threads are used where they would need more.
@@ -149,7 +163,8 @@ def convert_run(
         n_threads = plan.most_threads(memory, needed, n_threads, f"Converting {reader.name}")
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
         template = _template(reader, repetition_time, smoothing_fwhm, chunks, smoother)
-        with stores.writing(store, overwrite=overwrite) as writer:
+        made_of = _made_of(reader, repetition_time, smoothing_fwhm, given_mask)
+        with stores.writing(store, made_of, overwrite=overwrite, resume=resume) as writer:
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
             pipeline = _Pipeline(reader, writer, chunks, smoother, consume=consume, progress=progress)
@@ -164,14 +179,90 @@ def convert_run(
             with np.errstate(over="ignore"):
                 writer.array("mean_image")[...] = mean.astype(np.float32)
             writer.finish(
+                {**made_of, "source": reader.sha256},
                 {
                     "source_name": reader.file_name,
                     "source_size": reader.size,
                     "source_sha256": reader.sha256,
                     "mask_source": "epi" if mask is None else "given",
-                }
+                },
             )
     return stores.open_run(store)
+
+
+def _made_of(
+    reader: RunReader, t_r: float, fwhm: float | None, mask: NDArray[np.bool_] | None
+) -> dict[str, Any]:
+    """Hashes of what the store of a run is made of, all but its data."""
+    return {
+        "kind": "run",
+        "format version": FORMAT_VERSION,
+        "numerical version": NUMERICAL_VERSION,
+        "header": hashlib.sha256(reader.header.raw).hexdigest(),
+        "repetition time": t_r,
+        "smoothing": fwhm,
+        "mask": None if mask is None else mask_sha256(mask),
+    }
+
+
+def mask_sha256(mask: NDArray[np.bool_]) -> str:
+    """Hash of a mask, which lies on the grid of a run."""
+    return hashlib.sha256(np.packbits(mask).tobytes()).hexdigest()
+
+
+def run_made_of(
+    source: ImageLike,
+    *,
+    mask: ImageLike | xr.DataArray | None,
+    t_r: float | None,
+    smoothing_fwhm: float | None,
+    sha256: str | None = None,
+) -> dict[str, Any]:
+    """Hashes of what a conversion is made of.
+
+    Parameters
+    ----------
+    source, mask, t_r, smoothing_fwhm
+        See :func:`convert`.
+    sha256 : str, optional
+        Hash of the source, if it is known; otherwise the source is read.
+
+    Returns
+    -------
+    dict
+        As :func:`chunkglm.store.made_of` gives it of the store.
+    """
+    with nifti.open_reader(source) as reader:
+        grid = grids.Grid(reader.shape[1:], reader.header.affine)
+        given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
+        made_of = _made_of(reader, _repetition_time(reader, t_r), smoothing_fwhm, given_mask)
+    return {**made_of, "source": nifti.source_sha256(source) if sha256 is None else sha256}
+
+
+def is_converted(
+    source: ImageLike,
+    store: StoreLike,
+    *,
+    mask: ImageLike | xr.DataArray | None,
+    t_r: float | None,
+    smoothing_fwhm: float | None,
+    sha256: str | None = None,
+) -> bool:
+    """Whether a conversion would make again what is there.
+
+    Parameters
+    ----------
+    source, store, mask, t_r, smoothing_fwhm
+        See :func:`convert`.
+    sha256 : str, optional
+        Hash of the source, if it is known.
+
+    Returns
+    -------
+    bool
+    """
+    options: dict[str, Any] = {"mask": mask, "t_r": t_r, "smoothing_fwhm": smoothing_fwhm, "sha256": sha256}
+    return stores.made_of(store) is not None and stores.is_up_to_date(store, run_made_of(source, **options))
 
 
 class Description(NamedTuple):
@@ -379,17 +470,23 @@ class _Pipeline:
         chunk = _Chunk(self._chunks, smoother, reader.native_dtype)
         try:
             while (taken := self._take(raw)) is not None:
-                start, block = taken
+                start, block, content = taken
+                first = start // self._chunks.time
+                self._writer.claim(first, content, ("bold",))
+                indices = [(first, *self._index(place)) for place in self._places]
+                written = [self._writer.has("bold", index) for index in indices]
+                # What is there from before is not made again, unless it is to be used, too.
+                needed = self._consume is not None or not all(written)
                 made = block
-                if smoother is not None and smoothed is not None and scratch is not None:
+                if needed and smoother is not None and smoothed is not None and scratch is not None:
                     made = smoothed[: len(block)]
                     with np.errstate(over="ignore", invalid="ignore"):
                         for volume, out in zip(block, made, strict=True):
                             smooth_volume(volume, smoother, scratch, out)
                 for number, place in enumerate(self._places):
-                    values = chunk.fill(made, place)
-                    index = (start // self._chunks.time, *self._index(place))
-                    self._writer.write_chunk("bold", index, values)
+                    values = chunk.fill(made, place) if needed else None
+                    if values is not None and not written[number]:
+                        self._writer.write_chunk("bold", indices[number], values)
                     with self._turn(number, start, len(block)):
                         self._sum(number, block, values)
                 self._advance(len(block))
@@ -397,15 +494,15 @@ class _Pipeline:
             self._give_up()
             raise
 
-    def _take(self, raw: NDArray[Any]) -> tuple[int, NDArray[Any]] | None:
-        """Read the next block; None at the end."""
+    def _take(self, raw: NDArray[Any]) -> tuple[int, NDArray[Any], str] | None:
+        """Read the next block; its first volume, its values, and a hash of the file up to its end; None after the last."""
         with self._reading:
             start = None if self._failed else next(self._starts, None)
             if start is None:
                 return None
             block = raw[: self._reader.shape[0] - start]
             self._reader.read(block, start)
-            return start, block
+            return start, block, self._reader.read_so_far()
 
     def _index(self, place: Place) -> tuple[int, ...]:
         """Index of a voxel block among the chunks of a volume."""
@@ -423,7 +520,7 @@ class _Pipeline:
             self._next[number] = start + length
             self._state.notify_all()
 
-    def _sum(self, number: int, block: NDArray[Any], values: NDArray[Any]) -> None:
+    def _sum(self, number: int, block: NDArray[Any], values: NDArray[Any] | None) -> None:
         place = self._places[number]
         total, volumes = self._total[place], block[(slice(None), *place)]
         if block.dtype.kind in "iu" and block.dtype.itemsize <= 2:
@@ -433,7 +530,7 @@ class _Pipeline:
             with np.errstate(invalid="ignore", over="ignore"):
                 for volume in volumes:
                     total += volume
-        if self._consume is not None:
+        if self._consume is not None and values is not None:
             header = self._reader.header
             if self._smoother is None and header.scaled:
                 # As xarray decodes what is stored.

@@ -17,8 +17,9 @@ import numpy as np
 from chunkglm import nifti
 from chunkglm.cluster import stage
 from chunkglm.errors import ChunkGLMWarning, InputError, MissingDependencyError, StoreExistsError
-from chunkglm.job import Job, Summary, run_job
+from chunkglm.job import Summary, run_job
 from chunkglm.maps import MEAN_IMAGE, PROVENANCE, map_name
+from chunkglm.request import Job
 from chunkglm.testing import write_simulated_run
 
 if TYPE_CHECKING:

@@ -228,6 +228,56 @@ def is_estimable(design: npt.NDArray[Any], weights: npt.NDArray[Any]) -> bool:
     return not w[~used].any() and bool(residual <= _ESTIMABLE_RTOL * np.linalg.norm(target))
 
 
+def estimable_regressors(design: npt.NDArray[Any]) -> list[bool]:
+    """For each regressor, whether data can determine its coefficient.
+
+    Parameters
+    ----------
+    design : (T, P) array
+
+    Returns
+    -------
+    list of bool
+        False for columns of zeros and collinear ones: see `is_estimable`.
+    """
+    return [is_estimable(design, one) for one in np.eye(design.shape[1])]
+
+
+def variance_inflation(design: npt.NDArray[Any]) -> FloatArray:
+    """How many times the variance of each coefficient is larger than if no other regressor shared anything with it.
+
+    Parameters
+    ----------
+    design : (T, P) array
+        The design matrix, finite.
+
+    Returns
+    -------
+    (P,) array
+        1 and more; infinite for collinear columns, 1 for constant ones.
+
+    Notes
+    -----
+    The diagonal of the inverse of the correlations of the columns [1]_, which is ``1 / (1 - R^2)`` of each on the others.
+
+    References
+    ----------
+    .. [1] D. W. Marquardt (1970), Technometrics 12:591-612.
+    """
+    X = np.asarray(design, dtype=np.float64)
+    centred = X - X.mean(axis=0)
+    size = np.linalg.norm(centred, axis=0)
+    varies = size > 1e-10 * np.linalg.norm(X, axis=0).clip(min=np.finfo(np.float64).tiny)
+    inflation = np.ones(X.shape[1])
+    unit = centred[:, varies] / size[varies]
+    _, s, rows = np.linalg.svd(unit, full_matrices=False)
+    with np.errstate(divide="ignore"):
+        whole = ((rows / s[:, None]) ** 2).sum(axis=0)
+    limit = (max(unit.shape, default=1) * np.finfo(np.float64).eps) ** 2
+    inflation[varies] = np.where(whole * limit >= 1, np.inf, whole)
+    return inflation
+
+
 def _open(path: Path, label: str) -> BinaryIO:
     try:
         return path.open("rb")

@@ -13,8 +13,16 @@ class InputError(ChunkGLMError, ValueError):
     """An argument or the content of an input cannot be right."""
 
 
+class PreflightError(InputError):
+    """Several inputs of a job cannot be right."""
+
+
 class SourceNotFoundError(ChunkGLMError, FileNotFoundError):
     """A file or store that was named does not exist."""
+
+
+class SourceReadError(ChunkGLMError, OSError):
+    """A file could not be read to its end, for a reason that is not in the file."""
 
 
 class NiftiError(InputError):
@@ -43,6 +51,10 @@ class StoreError(ChunkGLMError, OSError):
 
 class StoreExistsError(StoreError, FileExistsError):
     """Something exists at the place to be written, and ``overwrite`` was not given."""
+
+
+class BusyStoreError(StoreError, BlockingIOError):
+    """Another process is writing the same store."""
 
 
 class IncompleteStoreError(StoreError):

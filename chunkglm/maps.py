@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -40,6 +40,13 @@ MEANING = {
 }
 
 
+class Written(NamedTuple):
+    """Maps with their sidecars, and where they peak: see :func:`peaks`; with the names of contrast and run."""
+
+    paths: list[Path]
+    peaks: dict[str, Any]
+
+
 def map_name(contrast: str, suffix: str, run: str | None = None) -> str:
     """File name, without its ending, of a map (``suffix`` t, z, ...) of a run or of the fixed effects."""
     return f"{'' if run is None else f'run-{run}_'}contrast-{contrast}_stat-{suffix}_statmap"
@@ -52,8 +59,9 @@ def write_maps(
     *,
     run: str | None = None,
     inputs: Sequence[str] = (),
+    made_of: str | None = None,
     n_threads: int = 1,
-) -> list[Path]:
+) -> Written:
     """Write the statistics of one contrast as NIfTI maps with JSON sidecars.
 
     Parameters
@@ -67,23 +75,30 @@ def write_maps(
         Label of the run; none for the fixed effects.
     inputs : sequence of str
         Names of the recordings, for the sidecars.
+    made_of : str, optional
+        Hash of all that the maps are made of, by which :func:`read_maps` finds them again.
     n_threads : int
         Maps that are written at a time.
 
     Returns
     -------
-    list of Path
-        Everything that was written: a map for effect, variance, t, p and z, or of F contrasts for effect (a volume a
-        row), F, p and z (0 where the statistic is not a number), a sidecar for each, and the mask of the voxels that
-        have a statistic.
+    Written
+        Where the maps peak, and everything that was written: a map for effect, variance, t, p and z, or of F contrasts
+        for effect (a volume a row), F, p and z (0 where the statistic is not a number), a sidecar for each, and the mask
+        of the voxels that have a statistic.
     """
-    common = _about(maps, name, run, inputs)
+    found = {"contrast": name, "run": run, **peaks(maps)}
+    common = {**_about(maps, name, run, inputs), "Peaks": found}
+    if made_of is not None:
+        common["MadeOf"] = made_of
+    mask_path = _mask_path(folder, name, run)
+    nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
 
     def write(item: tuple[str, str]) -> list[Path]:
         variable, suffix = item
         path = folder / f"{map_name(name, suffix, run)}.nii.gz"
         nifti.to_nifti(maps[variable].fillna(0), path, overwrite=True)
-        side_path = path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+        side_path = _side_path(path)
         described = f"{MEANING[suffix]}; {'fixed effects' if run is None else f'run {run}'}"
         write_json(side_path, {"Description": described, **common})
         return [path, side_path]
@@ -91,9 +106,51 @@ def write_maps(
     # Compression takes longest, and leaves other threads alone.
     with ThreadPoolExecutor(n_threads) as pool:
         written = [path for paths in pool.map(write, MAPS[maps.attrs["stat_type"]].items()) for path in paths]
-    mask_path = folder / f"{'' if run is None else f'run-{run}_'}contrast-{name}_mask.nii.gz"
-    nifti.to_nifti(maps["stat"].notnull(), mask_path, overwrite=True)
-    return [*written, mask_path]
+    return Written([*written, mask_path], found)
+
+
+def _side_path(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".nii.gz") + ".json")
+
+
+def _mask_path(folder: Path, name: str, run: str | None) -> Path:
+    return folder / f"{'' if run is None else f'run-{run}_'}contrast-{name}_mask.nii.gz"
+
+
+def read_maps(folder: Path, name: str, run: str | None, made_of: str) -> Written | None:
+    """Find the maps of a contrast that were written before.
+
+    Parameters
+    ----------
+    folder : Path
+    name : str
+        Name of the contrast.
+    run : str or None
+        Label of the run; None for the fixed effects.
+    made_of : str
+        Hash of all that they are made of.
+
+    Returns
+    -------
+    Written or None
+        None if one of them is not there, or is made of something else. A sidecar is written after its map.
+    """
+    for suffixes in MAPS.values():
+        paths = [folder / f"{map_name(name, suffix, run)}.nii.gz" for suffix in suffixes.values()]
+        sides = [_read_json(_side_path(path)) for path in paths]
+        there = [*paths, _mask_path(folder, name, run)]
+        if all(side.get("MadeOf") == made_of for side in sides) and all(path.is_file() for path in there):
+            both = [path for one in paths for path in (one, _side_path(one))]
+            return Written([*both, there[-1]], sides[0]["Peaks"])
+    return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _about(maps: xr.Dataset, name: str, run: str | None, inputs: Sequence[str]) -> dict[str, Any]:
@@ -158,10 +215,10 @@ def export_maps(ds: xr.Dataset, folder: Path) -> list[Path]:
     written = []
     for name, one in named:
         if "run" not in one.dims:
-            written += write_maps(one.compute(), folder, name)
+            written += write_maps(one.compute(), folder, name).paths
             continue
         for number, label in enumerate(one["run"].values):
-            written += write_maps(one.isel(run=number).compute(), folder, name, run=str(label))
+            written += write_maps(one.isel(run=number).compute(), folder, name, run=str(label)).paths
     return written
 
 

@@ -34,6 +34,7 @@ from chunkglm.errors import (
     MaskError,
     NiftiError,
     SourceNotFoundError,
+    SourceReadError,
     StoreError,
     StoreExistsError,
 )
@@ -267,6 +268,7 @@ class _Hashing(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
+        self._state = _state_of(raw)
         self.sha256 = hashlib.sha256()
         self.size = 0
 
@@ -283,6 +285,10 @@ class _Hashing(io.RawIOBase):
     def add(self, data: Any) -> None:
         self.sha256.update(data)
         self.size += len(data)
+
+    def has_changed(self) -> bool:
+        """Whether the file was written to since it was opened."""
+        return _state_of(self._raw) != self._state
 
     def drain(self) -> None:
         """Read what is left, for the hash."""
@@ -408,13 +414,19 @@ class RunReader:
         if done < len(view):
             raise self._cut_off(start + done // self.header.volume_bytes, None)
 
+    def read_so_far(self) -> str:
+        """Hash of the bytes of the file up to where it was read."""
+        return self._raw.sha256.copy().hexdigest()
+
     def finish(self) -> None:
         """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file.
 
         Raises
         ------
         NiftiError
-            If the compression is damaged.
+            If the compression is damaged, or the file changed since it was opened.
+        SourceReadError
+            If the system cannot read it.
         """
         behind = 0
         try:
@@ -423,6 +435,11 @@ class RunReader:
         except _read_errors() as error:
             raise self._cut_off(self.shape[0], error) from error
         self._raw.drain()
+        if self._raw.has_changed():
+            raise NiftiError(
+                f"{self.name} changed while it was read, so what was read of it is neither the old file nor the new one. Wait "
+                "until nothing writes to it, and run the same command again."
+            )
         if behind:
             warnings.warn(
                 f"{self.name} has {behind} bytes behind the {self.shape[0]} volumes that its header promises; "
@@ -431,7 +448,13 @@ class RunReader:
                 stacklevel=2,
             )
 
-    def _cut_off(self, volumes: int, error: BaseException | None) -> NiftiError:
+    def _cut_off(self, volumes: int, error: BaseException | None) -> NiftiError | SourceReadError:
+        if isinstance(error, OSError) and error.errno is not None:
+            # The system's own words, not those of a decompressor.
+            return SourceReadError(
+                f"{self.name} could not be read beyond volume {volumes}: {error}. Make it available again, and run the same "
+                "command again to go on."
+            )
         reason = f" ({error})" if error else ""
         return NiftiError(
             f"{self.name} is cut off or damaged: its header promises {self.shape[0]} volumes, and it ends after "
@@ -581,6 +604,15 @@ def _check_length(header: Header, length: int | None, name: str, *, compressed: 
     )
 
 
+def _state_of(file: Any) -> tuple[int, int] | None:
+    """Size of an open file and when it was last written to, where that is known."""
+    try:
+        status = os.fstat(file.fileno())
+    except (AttributeError, OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
 def _length(file: Any) -> int | None:
     """Bytes of an open file, where they are known."""
     try:
@@ -618,13 +650,50 @@ def _open_binary(name: str) -> IO[bytes]:
         raise NiftiError(f"{name} cannot be opened: {error}. Check the name and your permissions.") from error
 
 
-def source_sha256(name: str) -> str:
+def sidecar_of(source: ImageLike) -> Path | None:
+    """Where the JSON sidecar of an image is, if it has one; None for what is no local file."""
+    if isinstance(source, nib.spatialimages.SpatialImage) or "://" in os.fspath(source):
+        return None
+    name = os.fspath(source)
+    suffix = next((s for s in SUFFIXES if name.lower().endswith(s)), "")
+    return Path(name[: len(name) - len(suffix)] + ".json")
+
+
+def ends_as_promised(source: str) -> bool:
+    """Whether a gzip file ends with the length that its header promises, modulo 2^32; True for what is not compressed.
+
+    The last four bytes of a gzip stream are the length of what it holds (RFC 1952). A file that was cut off ends with others;
+    but so does a file of several streams.
+
+    Parameters
+    ----------
+    source : str
+        Path or URL.
+
+    Raises
+    ------
+    NiftiError, SourceNotFoundError
+    """
+    _, data_name = _pair_names(source)
+    if not data_name.lower().endswith(".gz"):
+        return True
+    with open_reader(source) as reader:
+        header = reader.header
+    with _open_binary(data_name) as file:
+        if not file.seekable() or file.seek(0, os.SEEK_END) < 4:
+            return False
+        file.seek(-4, os.SEEK_END)
+        length = int.from_bytes(file.read(4), "little")
+    return length == (header.data_offset + header.n_volumes * header.volume_bytes) % 2**32
+
+
+def source_sha256(source: ImageLike) -> str:
     """Hash of the file that holds the data of an image, as a conversion records it.
 
     Parameters
     ----------
-    name : str
-        Path or URL; of a pair, either file.
+    source : path, URL or nibabel image
+        Of a pair, either file.
 
     Returns
     -------
@@ -635,7 +704,11 @@ def source_sha256(name: str) -> str:
     ------
     NiftiError, SourceNotFoundError
     """
-    with _open_binary(_pair_names(name)[1]) as file:
+    if isinstance(source, nib.spatialimages.SpatialImage):
+        with open_reader(source) as reader:
+            reader.finish()
+            return reader.sha256
+    with _open_binary(_pair_names(os.fspath(source))[1]) as file:
         return hashlib.file_digest(cast("Any", file), "sha256").hexdigest()
 
 

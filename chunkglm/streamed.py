@@ -13,7 +13,7 @@ import numpy as np
 
 from chunkglm import plan
 from chunkglm.blocks import as_blocks, blank, nothing, scatter, single_blas_thread
-from chunkglm.glm import assemble, rows_of, split_rows
+from chunkglm.glm import FIT_DIMS, assemble, rows_of, split_rows
 from chunkglm.kernels.glm import fit_sums
 from chunkglm.kernels.sums import Accumulator
 from chunkglm.schema import SPACE
@@ -56,7 +56,6 @@ def create_fit(writer: StoreWriter, fit_plan: FitPlan, chunks: tuple[tuple[int, 
         Along z, y, x.
     """
     ds: xr.Dataset = savable(assemble(fit_plan, [blank(one.n_rows, chunks) for one in fit_plan.runs]))
-    # What it gives back would write what is blank.
     writer.create(ds, chunk_shapes(ds))
 
 
@@ -92,8 +91,17 @@ class StreamedRun:
         if sums is not None:
             sums.add(block)
 
-    def write(self, writer: StoreWriter, n_threads: int) -> None:
-        """Estimate, and write what was estimated, once all volumes were added."""
+    def write(self, writer: StoreWriter, content: str, n_threads: int) -> None:
+        """Estimate, and write what was estimated, once all volumes were added.
+
+        Parameters
+        ----------
+        writer : StoreWriter
+        content : str
+            Hash of everything that the estimates are made of.
+        n_threads : int
+        """
+        writer.claim(self._number, content, (*FIT_DIMS, "mask"))
         with single_blas_thread(), ThreadPoolExecutor(n_threads) as pool:
             for _ in pool.map(lambda number: self._write_block(writer, number), range(len(self._places))):
                 pass

@@ -92,3 +92,19 @@ def make_design():
         return pd.DataFrame(columns | {"constant": np.ones(n_volumes)})
 
     return make
+
+
+def pytest_addoption(parser):
+    """How much of the slow evidence is gathered."""
+    parser.addoption("--kills", type=int, default=20, help="processes that are killed at random instants")
+    parser.addoption("--flips", type=int, default=50, help="bits that are flipped in stores")
+
+
+@pytest.fixture
+def n_kills(request):
+    return request.config.getoption("--kills")
+
+
+@pytest.fixture
+def n_flips(request):
+    return request.config.getoption("--flips")

@@ -454,7 +454,20 @@ def test_demo__recovers_the_truth_and_combines_to_a_higher_peak(tmp_path, capsys
     assert "--contrast 'DSt_minus_SSt=[-1,-1,1,1]'" in command
 
 
-VERBS = ["convert", "info", "run", "verify", "fit", "contrast", "combine", "export", "plot", "report", "demo"]
+VERBS = [
+    "convert",
+    "info",
+    "check",
+    "run",
+    "verify",
+    "fit",
+    "contrast",
+    "combine",
+    "export",
+    "plot",
+    "report",
+    "demo",
+]
 """In an order in which each finds what its example names."""
 
 
@@ -504,7 +517,7 @@ def test_help__every_example_runs_as_it_stands(data, tmp_path, monkeypatch, caps
 def test_help__lists_the_verbs_in_whole_sentences(capsys):
     assert call("--help") == 0
     lines = capsys.readouterr().out.split("Commands:")[1].strip().splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["run", "demo"]
+    assert [line.split()[0] for line in lines[:3]] == ["run", "check", "demo"]
     assert len(lines) == len(VERBS)
     assert all(line.endswith(".") and not line.endswith("...") for line in lines)
 

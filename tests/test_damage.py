@@ -144,7 +144,7 @@ def test_verify__of_a_saved_fit_and_of_a_study(pristine, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ incomplete
 
 
-def test_interrupted_conversion__leaves_nothing(source, tmp_path):
+def test_interrupted_conversion__is_no_store(source, tmp_path):
     def stop(done, total):
         if done > total // 2:
             raise KeyboardInterrupt
@@ -199,7 +199,7 @@ def test_store_without_its_root__is_incomplete(run):
 def test_overwrite__replaces_only_when_complete(source, run, tmp_path):
     before = (run / "zarr.json").read_bytes()
     with pytest.raises(StoreExistsError, match="overwrite"):
-        cg.convert(source, run)
+        cg.convert(source, run, smoothing_fwhm=5)
 
     def stop(done, total):
         raise KeyboardInterrupt
@@ -223,7 +223,7 @@ def test_template__of_a_run_of_many_gigabytes_can_be_created(source, tmp_path):
         long = SimpleNamespace(header=header, shape=(4000, 91, 109, 91))
         chunks = plan.bold_chunks(long.shape, 4)
         template = store.savable(module._template(long, 2.0, 5.0, chunks, None))
-        with store.writing(tmp_path / "run-1", overwrite=False) as writer:
+        with store.writing(tmp_path / "run-1", {}, overwrite=False) as writer:
             writer.create(
                 template, {"bold": tuple(chunks), "mask": long.shape[1:], "mean_image": long.shape[1:]}
             )
@@ -285,4 +285,4 @@ def test_store__at_a_url(source):
     fit = cg.save(cg.fit(ds, np.ones((OPTIONS["n_volumes"], 1)), noise_model="ols"), f"{url}-fit")
     assert np.isfinite(fit.sigma2).any()
     with pytest.raises(StoreExistsError):
-        cg.convert(source, url)
+        cg.convert(source, url, smoothing_fwhm=5)

@@ -90,7 +90,8 @@ class StopError(Exception):
 
 @pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("kind", [StopError, KeyboardInterrupt])
-def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, after, kind):
+def test_a_conversion_that_is_cut_off_is_no_store(source, whole, tmp_path, after, kind):
+    """After an interrupt it goes on where it was; after an error of another kind nothing is left."""
     target = tmp_path / "study.zarr" / "run-1"
     calls = []
 
@@ -108,12 +109,31 @@ def test_an_interrupted_conversion_leaves_nothing(source, tmp_path, after, kind)
 
     with pytest.raises(kind):
         convert(source, target, progress=interrupt)
-    assert left_in(tmp_path) == []
-    with pytest.raises(SourceNotFoundError):
-        open_run(target)
+    if kind is StopError:
+        assert left_in(tmp_path) == []
+        with pytest.raises(SourceNotFoundError):
+            open_run(target)
+        return
+    assert left_in(target.parent) == ["run-1.partial"]
+    before = stamps(target.with_name("run-1.partial") / "store")
+    assert any(name.startswith("bold/c/") for name in before)
+    convert(source, target)
+    assert left_in(target.parent) == ["run-1", "zarr.json"]
+    assert contents(target) == contents(whole)
+    # What was complete was not written again.
+    after = stamps(target)
+    assert {name: after[name] for name in before} == before
 
 
-def test_a_failure_at_any_write_leaves_nothing(source, whole, tmp_path, monkeypatch):
+def stamps(place):
+    return {name: (place / name).stat().st_mtime_ns for name in files(place)}
+
+
+def contents(place):
+    return {name: (place / name).read_bytes() for name in files(place)}
+
+
+def test_a_failure_at_any_write_leaves_what_can_be_continued(source, whole, tmp_path, monkeypatch):
     original = zarr.storage.LocalStore.set
     n_writes = len(files(whole)) + 10  # some are written twice
     failed = 0
@@ -131,7 +151,14 @@ def test_a_failure_at_any_write_leaves_nothing(source, whole, tmp_path, monkeypa
         except StoreError as error:
             failed += 1
             assert "No space left" in str(error)
-            assert left_in(tmp_path) == []
+            left = left_in(tmp_path)
+            assert left in ([], ["run.zarr.partial"])
+            assert ("is kept in" in str(error)) == bool(left)
+            monkeypatch.setattr(zarr.storage.LocalStore, "set", original)
+            convert(source, tmp_path / "run.zarr")
+            assert left_in(tmp_path) == ["run.zarr"]
+            assert contents(tmp_path / "run.zarr") == contents(whole)
+            shutil.rmtree(tmp_path / "run.zarr")
         else:
             break
     assert failed > 5
@@ -170,13 +197,14 @@ def test_the_root_is_written_last(source, run, tmp_path, monkeypatch, where, how
 
 KILLED = """
 import os, signal, sys
-from chunkglm import convert, store
+from chunkglm import convert
+from chunkglm.store import site
 def kill(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 if sys.argv[3] == "stream":
     convert(sys.argv[1], sys.argv[2], progress=kill)
 else:
-    store._move = kill
+    site._move = kill
     convert(sys.argv[1], sys.argv[2])
 """
 
@@ -219,7 +247,12 @@ def test_a_folder_in_the_way_of_the_unfinished_store_is_spared(source, tmp_path)
 
 def test_what_exists_is_refused(source, copy, run):
     before = {name: (copy / name).read_bytes() for name in files(copy)}
-    for action in (lambda: convert(source, copy), lambda: save(run, copy), lambda: save(run, f"{copy}/")):
+    other = run.isel(time=slice(20))
+    for action in (
+        lambda: convert(source, copy, smoothing_fwhm=5),
+        lambda: save(other, copy),
+        lambda: save(other, f"{copy}/"),
+    ):
         with pytest.raises(StoreExistsError, match=r"copy\.zarr exists.*--overwrite"):
             action()
     assert {name: (copy / name).read_bytes() for name in files(copy)} == before
@@ -253,13 +286,17 @@ def test_a_failed_rename_puts_the_old_store_back(source, copy, monkeypatch):
     original = type(copy).rename
 
     def fail(self, target):
-        if self.name.endswith(".partial"):
+        if self.name == "store":
             raise OSError(5, "Input/output error")
         return original(self, target)
 
     monkeypatch.setattr(type(copy), "rename", fail)
     with pytest.raises(StoreError, match="was not written"):
         convert(source, copy, overwrite=True)
+    verify(copy)
+    assert left_in(copy.parent) == ["copy.zarr", "copy.zarr.partial"]
+    monkeypatch.setattr(type(copy), "rename", original)
+    convert(source, copy, overwrite=True)
     verify(copy)
     assert left_in(copy.parent) == ["copy.zarr"]
 
@@ -737,8 +774,8 @@ def test_values_are_kept_to_the_bit(tmp_path, dtype):
 
 
 def test_arrays_in_memory_get_chunks_of_bounded_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(store.plan, "CHUNK_BYTES", 4000)
-    monkeypatch.setattr(store, "LARGEST_CHUNK", 9000)
+    monkeypatch.setattr(store.saving.plan, "CHUNK_BYTES", 4000)
+    monkeypatch.setattr(store.saving, "LARGEST_CHUNK", 9000)
     values = np.arange(30 * 40 * 7.0).reshape(30, 40, 7)
     ds = xr.Dataset(
         {"a": (("i", "j", "k"), values), "b": (("i", "j", "k"), da.from_array(values, chunks=(30, 40, 4)))}
@@ -854,8 +891,10 @@ def test_tasks_that_still_run_write_nothing_any_more(tmp_path, kind):
     )
     with dask.config.set(scheduler="threads", num_workers=8), pytest.raises(kind):
         save(ds, tmp_path / "a.zarr", progress=stop)
+    before = files(tmp_path)
     time.sleep(0.2)
-    assert left_in(tmp_path) == []
+    assert files(tmp_path) == before
+    assert left_in(tmp_path) == ([] if kind is StopError else ["a.zarr.partial"])
 
 
 def test_saving_from_other_processes(run, tmp_path):
@@ -887,14 +926,14 @@ def test_stores_at_urls(source, run, whole):
     converted = convert(source, url)
     xr.testing.assert_identical(converted.load(), run.load())
     verify(url)
-    backend = store._backend(url, read_only=True)
-    assert store._list(backend) == files(whole)
+    backend = store.places.backend_of(url, read_only=True)
+    assert store.places.list_files(backend) == files(whole)
     assert list(open_study("memory://bucket/study.zarr").children) == ["run-1"]
     verify("memory://bucket/study.zarr")
     tree = xr.open_datatree("memory://bucket/study.zarr", engine="zarr", consolidated=False)
     np.testing.assert_array_equal(tree["run-1"]["mask"].values, run["mask"].values)
     with pytest.raises(StoreExistsError, match="--overwrite"):
-        convert(source, url)
+        convert(source, url, smoothing_fwhm=5)
     with pytest.raises(StoreExistsError, match="several runs"):
         save(run, "memory://bucket/study.zarr", overwrite=True)
     part = run.isel(time=slice(3, 20), z=slice(None, None, -1))

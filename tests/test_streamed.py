@@ -9,7 +9,7 @@ import xarray as xr
 from rich.console import Console
 
 import chunkglm as cg
-from chunkglm import job, nifti, plan
+from chunkglm import job, nifti, plan, request
 from chunkglm.errors import NiftiError
 from chunkglm.testing import write_simulated_run
 
@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 def job_of(data, output, stem="run", **options):
     """A whole job without report."""
     given = {"mask": str(data / "mask.nii.gz"), "n_threads": 2, **options}
-    return job.Job(
+    return request.Job(
         runs=tuple(str(data / f"{stem}{n}.nii") for n in (1, 2)),
         designs=tuple(str(data / f"design{n}.npz") for n in (1, 2)),
         contrasts={"a": [1.0, -1.0]},
@@ -67,7 +67,7 @@ def fitted_from_stores(data, output, **options):
     """The fit that the stores of a job give."""
     masks = [None, None]
     if options.pop("sample_masks", None):
-        masks = [job.sample_mask_of(str(data / "censored.txt")), None]
+        masks = [request.sample_mask_of(str(data / "censored.txt")), None]
     runs = [cg.open_run(output / "runs.zarr" / f"run-{n}") for n in (1, 2)]
     designs = [cg.read_design(data / f"design{n}.npz") for n in (1, 2)]
     for key in ("smoothing_fwhm", "n_threads", "memory"):

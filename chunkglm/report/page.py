@@ -132,6 +132,10 @@ def _provenance_of(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{folder} is not the folder of a finished job: {error}. Give the --output of chunkglm run, after it has ended."
         ) from error
+    if found.get("key") is None and "begun" in found:
+        raise InputError(
+            f"{folder} holds a job that was not finished, so there is nothing to report yet. Run its command again to go on."
+        )
     if missing:
         raise InputError(
             f"{folder / PROVENANCE} does not tell all that a report needs ({', '.join(sorted(missing))}). It was made by an "

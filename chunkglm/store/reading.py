@@ -1,0 +1,425 @@
+"""Opening stores, with every read held against the manifest, and verifying them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import dask.array
+import numpy as np
+import xarray as xr
+import zarr
+import zarr.abc.store
+import zarr.storage
+from dask.base import tokenize
+from dask.local import get_sync
+
+from chunkglm import chunkfiles, nifti, plan
+from chunkglm.chunkfiles import PARTIAL, Entry
+from chunkglm.errors import DamagedStoreError, IncompleteStoreError, SourceNotFoundError, StoreError
+from chunkglm.schema import RUN, SPACE, canonical_json, check_format_version, require
+from chunkglm.store.manifest import (
+    MANIFEST,
+    MANIFEST_FILES,
+    OWN_ATTRS,
+    OWN_VARIABLES,
+    chunk_key,
+    compressors,
+    is_whole,
+    make_seal,
+)
+from chunkglm.store.places import (
+    MADE_OF,
+    ROOT,
+    SEAL,
+    STUDY,
+    backend_of,
+    is_study,
+    is_url,
+    list_files,
+    looks_like_store,
+    read_file,
+    root_attributes,
+    store_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from chunkglm.store.places import StoreLike
+
+# dask annotates a part of what it exports.
+da: Any = dask.array
+
+
+class _CheckedStore(zarr.storage.WrapperStore[Any]):
+    """A store whose every read is held against the manifest."""
+
+    # Newer releases of zarr have synchronous reads beside get; without them every read passes here.
+    _supports_sync_io = False
+
+    def __init__(self, store: Any, name: str = "", manifest: Mapping[str, Entry] | None = None) -> None:
+        super().__init__(store)
+        self.name = name
+        self.manifest = dict(manifest or {})
+
+    def with_read_only(self, read_only: bool = False) -> _CheckedStore:
+        return type(self)(self._store.with_read_only(read_only), self.name, self.manifest)
+
+    def __dask_tokenize__(self) -> tuple[str, ...]:
+        return ("chunkglm store", self.name, hashlib.sha256(canonical_json(self.manifest)).hexdigest())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _CheckedStore):
+            return NotImplemented
+        return (self._store, self.manifest) == (other._store, other.manifest)
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        buffer = await self._store.get(key, prototype, byte_range)
+        entry = self.manifest.get(key)
+        if entry is not None and byte_range is None:
+            problem = _problem(key, None if buffer is None else buffer.to_bytes(), entry)
+            if problem:
+                raise _damaged(self.name, [problem])
+        return buffer
+
+    @property
+    def backend(self) -> zarr.abc.store.Store:
+        """The store without checks."""
+        return cast("zarr.abc.store.Store", self._store)
+
+
+def _problem(key: str, content: bytes | None, entry: Entry) -> str | None:
+    if content is None:
+        return f"{key} is missing"
+    return None if is_whole(key, content, entry) else f"{key} was altered or cut off"
+
+
+def _damaged(name: str, problems: list[str]) -> DamagedStoreError:
+    return DamagedStoreError(
+        f"{name} is damaged: {'; '.join(problems)}. Nothing of it can be trusted; make it again from its source "
+        "(with overwrite), or copy it again from where it is whole."
+    )
+
+
+def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
+    """Open a complete store for checked reading; returns the store and the root's attributes."""
+    name = store_name(store)
+    if not is_url(name) and not Path(name).is_dir():
+        raise _not_a_folder(name)
+    backend = backend_of(name, read_only=True)
+    root = read_file(backend, ROOT)
+    if root is None:
+        raise _without_root(name, backend)
+    try:
+        metadata = json.loads(root)
+        attrs = dict(metadata["attributes"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(name, [f"{ROOT} cannot be read ({error})"]) from error
+    if SEAL not in attrs:
+        raise _not_sealed(name, metadata, backend)
+    check_format_version(attrs, name)
+    manifest, manifest_metadata = _read_manifest(backend, name)
+    if make_seal(metadata, manifest, manifest_metadata) != attrs[SEAL]:
+        raise _damaged(name, [f"{ROOT} and {MANIFEST} do not belong together, or one was altered"])
+    entries = {key: Entry(*entry) for key, entry in json.loads(manifest).items()}
+    return _CheckedStore(backend, name, entries), attrs
+
+
+def _not_a_folder(name: str) -> StoreError | SourceNotFoundError:
+    if Path(name + PARTIAL).is_dir():
+        return IncompleteStoreError(
+            f"{name} was never finished: what was begun lies in {name + PARTIAL}. Run the same command again to "
+            "make it."
+        )
+    if Path(name).exists():
+        return StoreError(
+            f"{name} is a file; a store is a folder. Convert a NIfTI file with chunkglm convert."
+        )
+    return SourceNotFoundError(
+        f"There is no store {name}. Check the path; chunkglm convert makes run stores."
+    )
+
+
+def _without_root(name: str, backend: zarr.abc.store.Store) -> StoreError | SourceNotFoundError:
+    if is_url(name) and not list_files(backend, top=True):
+        return SourceNotFoundError(f"There is no store {name}. Check the URL.")
+    if not looks_like_store(backend) or not list_files(backend, top=True):
+        return IncompleteStoreError(
+            f"{name} is not a store: it is a folder without {ROOT}. Check the path; chunkglm convert makes stores."
+        )
+    return IncompleteStoreError(
+        f"{name} is incomplete: it has no {ROOT}, which is written last. Make it again with overwrite (chunkglm "
+        "convert --overwrite)."
+    )
+
+
+def _not_sealed(name: str, metadata: dict[str, Any], backend: zarr.abc.store.Store) -> StoreError:
+    if metadata["attributes"].get(STUDY):
+        return StoreError(
+            f"{name} is a study with several runs. Open it with open_study, or give one of its runs "
+            f"({name}/run-...)."
+        )
+    if read_file(backend, MANIFEST_FILES[0]) is not None:
+        return _damaged(name, [f"{ROOT} has no attribute {SEAL} any more"])
+    kind = metadata.get("node_type", "file")
+    return IncompleteStoreError(
+        f"{name} is a Zarr {kind} that was not written by chunkglm (or only with plain to_zarr), so nothing says "
+        "whether it is complete. Open it with xarray.open_zarr and pass the dataset, or save it with chunkglm.save."
+    )
+
+
+def _read_manifest(backend: zarr.abc.store.Store, name: str) -> tuple[bytes, bytes]:
+    if missing := [f"{key} is missing" for key in MANIFEST_FILES if read_file(backend, key) is None]:
+        raise _damaged(name, missing)
+    try:
+        array = cast("Any", zarr.open_array(backend, path=MANIFEST, mode="r"))
+        return np.asarray(array[:]).tobytes(), read_file(backend, MANIFEST_FILES[0]) or b""
+    except Exception as error:  # zarr and its codecs raise many kinds for a broken array
+        raise _damaged(name, [f"the array {MANIFEST} cannot be read ({error})"]) from error
+
+
+def open_store(store: StoreLike) -> xr.Dataset:
+    """Open anything that chunkglm saved.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Returns
+    -------
+    Dataset
+        Lazy, with dask chunks as they are stored; what is small and not on voxels (designs, degrees of freedom) is
+        read. Chunk encodings are cleared, so that any slice can be saved again.
+
+    Raises
+    ------
+    SourceNotFoundError, IncompleteStoreError, FormatVersionError, DamagedStoreError
+        The last also later, when a chunk that is read is missing or altered.
+    """
+    checked, _ = open_checked(store)
+    ds: xr.Dataset = xr.open_zarr(
+        cast("Any", checked), consolidated=False, chunks={}, drop_variables=OWN_VARIABLES
+    )
+    arrays = {key.removesuffix(f"/{ROOT}") for key in checked.manifest if key.endswith(f"/{ROOT}")}
+    if missing := arrays - set(ds.variables) - set(OWN_VARIABLES):
+        raise _damaged(checked.name, [f"{array}/{ROOT} is missing" for array in sorted(missing)])
+    for name in OWN_ATTRS:
+        ds.attrs.pop(name, None)
+    for variable in ds.variables.values():
+        for key in ("chunks", "preferred_chunks", "shards"):
+            variable.encoding.pop(key, None)
+    if not is_url(checked.name):
+        ds = ds.assign({name: _read_directly(ds[name], str(name), checked) for name in ds.data_vars})
+    small = [
+        name
+        for name, variable in ds.variables.items()
+        if variable.chunks is not None
+        and not set(variable.dims) & set(SPACE)
+        and variable.nbytes <= plan.CHUNK_BYTES
+    ]
+    # Not on the user's scheduler: opening is not computing.
+    return ds.assign({name: ds[name].compute(scheduler=get_sync) for name in small})
+
+
+class StoredArray:
+    """An array of a local store, whose chunks are read without zarr, and checked.
+
+    Attributes
+    ----------
+    shape, dtype, ndim
+        Of the values, in physical units.
+    """
+
+    def __init__(
+        self, array: Any, name: str, store: _CheckedStore, scale: tuple[float, float] | None
+    ) -> None:
+        self.shape, self.ndim = array.shape, array.ndim
+        self.dtype = np.dtype(np.float64) if scale is not None else array.dtype
+        self._array, self._name, self._store, self._scale = array, name, store, scale
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return (self._store.__dask_tokenize__(), self._name)
+
+    def __getitem__(self, key: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+        place = self._within_a_chunk(key)
+        values = np.asarray(self._array[key]) if place is None else self._read(place[0])[place[1]]
+        if self._scale is not None:
+            # As xarray decodes it.
+            values = values.astype(np.float64)
+            values *= self._scale[0]
+            values += self._scale[1]
+        return values
+
+    def _within_a_chunk(self, key: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
+        """Index of the chunk that holds all that is asked for, and the place in it; None if none does."""
+        if len(key) != self.ndim:
+            return None
+        index, inside = [], []
+        for part, length, n in zip(key, self._array.chunks, self.shape, strict=True):
+            if isinstance(part, slice) and part.step in {None, 1}:
+                start, stop, _ = part.indices(n)
+                number = start // length
+                if not start < stop <= (number + 1) * length:
+                    return None
+                inside.append(slice(start - number * length, stop - number * length))
+            elif isinstance(part, int | np.integer) and 0 <= part < n:
+                number = int(part) // length
+                inside.append(int(part) - number * length)
+            else:
+                return None
+            index.append(number)
+        return tuple(index), tuple(inside)
+
+    def _read(self, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
+        key = chunk_key(self._name, index)
+        path, entry = Path(self._store.name) / key, self._store.manifest.get(key)
+        try:
+            return chunkfiles.read_chunk(path, entry, self._array.chunks, self._array.dtype)
+        except chunkfiles.ChunkProblemError as error:
+            raise _damaged(self._store.name, [f"{key} {error}"]) from error
+
+
+def _read_directly(variable: xr.DataArray, name: str, store: _CheckedStore) -> xr.DataArray:
+    """Have the chunks of a large variable read without zarr; as it is where it is decoded in any unusual way."""
+    encoding = variable.encoding
+    if variable.chunks is None or not set(variable.dims) & set(SPACE):
+        return variable
+    array = cast("Any", zarr.open_array(cast("Any", store), path=name, mode="r"))
+    packing = nifti.source_packing(variable)
+    usual = array.dtype == variable.dtype if packing is None else variable.dtype == np.float64
+    codecs, ours = (
+        [one.to_dict() for one in some] for some in (array.metadata.codecs[1:], compressors(array.dtype))
+    )
+    if not usual or not chunkfiles.is_plain(array.dtype) or codecs != ours:
+        return variable
+    if "_FillValue" in encoding and not np.isnan(encoding["_FillValue"]):
+        return variable
+    # Not from the packing, for which -0.0 is 0.0: that would turn -0.0 in the data into 0.0.
+    scale = None if packing is None else (encoding.get("scale_factor", 1.0), encoding.get("add_offset", -0.0))
+    stored = StoredArray(array, name, store, scale)
+    meta = np.empty((0,) * stored.ndim, dtype=stored.dtype)
+    data = da.from_array(stored, chunks=array.chunks, name=f"{name}-{tokenize(stored)}", meta=meta)
+    return variable.copy(data=data)
+
+
+def open_run(store: StoreLike) -> xr.Dataset:
+    """Open a run store.
+
+    Parameters
+    ----------
+    store : path or URL
+        As :func:`chunkglm.convert` wrote it.
+
+    Returns
+    -------
+    Dataset
+        ``bold (time, z, y, x)`` in physical units, ``mask (z, y, x)``, ``mean_image (z, y, x)``, lazily;
+        coordinates ``time`` (s), ``z``, ``y``, ``x`` and ``grid``.
+
+    Raises
+    ------
+    SourceNotFoundError, IncompleteStoreError, FormatVersionError, DamagedStoreError, InputError
+    """
+    ds = open_store(store)
+    require(ds, RUN, RUN, f"{store_name(store)}, opened as a run,")
+    return ds[list(RUN)]
+
+
+def open_study(store: StoreLike) -> xr.DataTree:
+    """Open a study: all run stores in a group.
+
+    Parameters
+    ----------
+    store : path or URL
+        A group with run stores ``run-<label>``.
+
+    Returns
+    -------
+    DataTree
+        One child a run, named as its store, in natural order of the labels.
+
+    Raises
+    ------
+    SourceNotFoundError, IncompleteStoreError, DamagedStoreError
+    """
+    name = store_name(store)
+    return xr.DataTree.from_dict({label: open_run(f"{name}/{label}") for label in _run_names(name)})
+
+
+def _run_names(name: str) -> list[str]:
+    """Names of the run stores in a study, in natural order."""
+    if not is_url(name) and not Path(name).is_dir():
+        raise SourceNotFoundError(
+            f"There is no study {name}. Check the path; chunkglm convert and run make studies."
+        )
+    members = list_files(backend_of(name, read_only=True), top=True)
+    names = [key for key in members if key.startswith("run-") and not key.endswith(PARTIAL)]
+    if not names:
+        raise SourceNotFoundError(
+            f"{name} holds no run stores (groups named run-<label>). Convert runs into it: chunkglm convert "
+            f"RUN.nii.gz {name}/run-1."
+        )
+    return sorted(names, key=_natural)
+
+
+def _natural(label: str) -> tuple[Any, ...]:
+    number = label.removeprefix("run-")
+    return (0, int(number), label) if number.isdecimal() else (1, 0, label)
+
+
+def verify(store: StoreLike) -> None:
+    """Read every file of a store and hold it against the manifest.
+
+    Parameters
+    ----------
+    store : path or URL
+        A run, fit or other store that chunkglm wrote, or a study of run stores.
+
+    Raises
+    ------
+    DamagedStoreError
+        Naming every file that is missing, altered, cut off or foreign.
+    SourceNotFoundError, IncompleteStoreError, FormatVersionError
+    """
+    name = store_name(store)
+    damage = []
+    for place in [f"{name}/{label}" for label in _run_names(name)] if is_study(name) else [name]:
+        try:
+            _verify(place)
+        except DamagedStoreError as error:
+            damage.append(str(error))
+    if damage:
+        raise DamagedStoreError("\n".join(damage))
+
+
+def _verify(name: str) -> None:
+    checked, _ = open_checked(name)
+    foreign = set(list_files(checked.backend)) - set(checked.manifest) - {ROOT, *MANIFEST_FILES}
+    problems = [f"{key} does not belong to it" for key in foreign]
+    for key, entry in checked.manifest.items():
+        problem = _problem(key, read_file(checked.backend, key), entry)
+        problems += [problem] if problem else []
+    if problems:
+        raise _damaged(name, sorted(problems))
+
+
+def made_of(store: StoreLike) -> dict[str, Any] | None:
+    """What a complete store says that it was made of; None if there is no such store.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Returns
+    -------
+    dict or None
+        Hashes of content and options, by what they are.
+    """
+    found = root_attributes(store_name(store)).get(MADE_OF)
+    return found if isinstance(found, dict) else None
