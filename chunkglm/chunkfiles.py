@@ -123,15 +123,45 @@ def read_chunk(path: Path, entry: Entry | None, shape: tuple[int, ...], dtype: n
     OSError
         If it cannot be read.
     """
-    content = _read(path, entry)
+    return _decode(_read(path, entry), shape, dtype, None if entry is None else entry.crc32c)
+
+
+def decode_chunk(content: bytes, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Decode the bytes of one chunk.
+
+    Parameters
+    ----------
+    content : bytes
+    shape : tuple of int
+        Of the chunk.
+    dtype : numpy.dtype
+
+    Returns
+    -------
+    ndarray
+        A new array.
+
+    Raises
+    ------
+    ChunkProblemError
+        If the bytes are not a chunk of this shape.
+    """
+    if len(content) <= CHECKSUM_BYTES + 16:
+        raise ChunkProblemError("was altered or cut off")
+    return _decode(np.frombuffer(content, dtype=np.uint8), shape, dtype, None)
+
+
+def _decode(
+    content: NDArray[np.uint8], shape: tuple[int, ...], dtype: np.dtype[Any], expected: int | None
+) -> NDArray[Any]:
     checksum = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little")
     body = content[:-CHECKSUM_BYTES]
-    if (entry is not None and checksum != entry.crc32c) or google_crc32c.value(body) != checksum:
+    if (expected is not None and checksum != expected) or google_crc32c.value(body) != checksum:
         raise ChunkProblemError("was altered or cut off")
-    values = np.empty(shape, dtype=dtype)
     n_bytes = int.from_bytes(body[4:8].tobytes(), "little")
     if n_bytes != math.prod(shape) * dtype.itemsize:
         raise ChunkProblemError("has the wrong length")
+    values = np.empty(shape, dtype=dtype)
     blosc.decompress(body, values)
     return values
 

@@ -657,10 +657,10 @@ def check(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Examine everything that chunkglm run with the same options would need, in seconds.
+    """Examine all inputs of a job in seconds, before any work.
 
-    Headers against each other and against their sidecars, ends of files, designs, contrasts, a few volumes, memory and disk.
-    All problems are told, and nothing is computed. The exit status is 1 if something is wrong.
+    It takes the options of chunkglm run, and looks at headers against each other and against their sidecars, ends of files,
+    designs, contrasts, a few volumes, memory and disk. All problems are told. The exit status is 1 if something is wrong.
 
     \b
     Example: chunkglm check run1.nii.gz run2.nii.gz --design design1.csv --design design2.csv \\

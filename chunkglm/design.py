@@ -30,6 +30,7 @@ FloatArray = npt.NDArray[np.float64]
 _Table = tuple[npt.NDArray[Any], list[str] | None]
 
 _MAX_COLUMNS = 100_000
+_MAX_VALUES, _MAX_BYTES = 10**8, 2**30
 _MAX_DIGITS = 10
 _ESTIMABLE_RTOL = 1e-8
 _FORMATS = (
@@ -280,6 +281,8 @@ def variance_inflation(design: npt.NDArray[Any]) -> FloatArray:
 
 def _open(path: Path, label: str) -> BinaryIO:
     try:
+        if path.is_file() and path.stat().st_size > _MAX_BYTES:
+            raise DesignError(f"{label} has more than {_MAX_BYTES:,} bytes. Check that it is a design.")
         return path.open("rb")
     except FileNotFoundError as error:
         raise SourceNotFoundError(
@@ -435,6 +438,11 @@ def _check_array(shape: tuple[int, ...], dtype: np.dtype[Any], label: str) -> No
             "(volumes, regressors)."
         )
     _check_width(shape[1], label)
+    if math.prod(shape) > _MAX_VALUES:
+        raise DesignError(
+            f"{label} has the shape {shape}; at most {_MAX_VALUES:,} values are accepted. Check that it is a design, one row "
+            "per volume and one column per regressor."
+        )
 
 
 def _column_values(frame: pd.DataFrame, label: str) -> FloatArray:

@@ -767,9 +767,13 @@ def read_map(image: ImageLike) -> xr.DataArray:
     return _read_volume(image, "a map", NiftiError)
 
 
-def _read_volume(image: ImageLike, what: str, refusal: type[InputError]) -> xr.DataArray:
+def _read_volume(
+    image: ImageLike, what: str, refusal: type[InputError], check: Callable[[Grid, str], None] | None = None
+) -> xr.DataArray:
     with _open_image(image) as reader:
         header = reader.header
+        if check is not None:
+            check(Grid(reader.shape[1:], header.affine), reader.name)
         if header.n_volumes > 1:
             raise refusal(
                 f"{reader.name} has the shape {header.shape}; {what} is a 3-D image. Give one volume."
@@ -804,7 +808,10 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     if isinstance(mask, xr.DataArray):
         name, mask = "the mask", _checked_mask(mask)
     else:
-        mask = _read_volume(mask, "a mask", MaskError)
+        # Before its data is read, which can be of any size.
+        mask = _read_volume(
+            mask, "a mask", MaskError, lambda got, name: check_same_grid(got, grid, name, run_name)
+        )
         name = str(mask.name)
     check_same_grid(grid_of(mask), grid, name, run_name)
     levels = np.unique(mask)

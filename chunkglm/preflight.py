@@ -100,7 +100,9 @@ class _Found(list[Finding]):
         try:
             yield
         except ChunkGLMError as error:
-            self.append(Finding("error", subject, str(error), error))
+            # A mask that is wrong is so for every run.
+            if str(error) not in [one.text for one in self]:
+                self.append(Finding("error", subject, str(error), error))
 
     def failed(self) -> bool:
         """Whether there is an error so far."""
@@ -195,23 +197,29 @@ def _examine_runs(job: Job, found: _Found) -> dict[str, Description]:
     described = {}
     for number, run in enumerate(job.runs, start=1):
         with found.errors_of(run):
-            one = describe_run(run, **job.run_options)
+            one = describe_run(run, **{**job.run_options, "mask": None})
             check_within(grids.grid_of(one.run), list(enumerate(job.cut_coords or ())))
             _check_end(run)
             described[str(number)] = one
-            sizes = one.run.sizes
-            voxel = " x ".join(
-                f"{size:.3g}" for size in grids.voxel_sizes(np.array(grids.grid_of(one.run).affine))
-            )
-            found.add(
-                "ok",
-                run,
-                f"{sizes['x']} x {sizes['y']} x {sizes['z']} voxels of {voxel} mm, {sizes['time']} volumes of "
-                f"{one.run.attrs['repetition_time']:g} s",
-            )
+            found.add("ok", run, _about(one.run))
             _examine_sidecar(run, one.run, found, given=job.t_r is not None)
-            _examine_sample(run, None if job.mask is None else one.run["mask"].to_numpy(), found)
+            if job.mask is None:
+                _examine_sample(run, None, found)
+        if job.mask is None or str(number) not in described:
+            continue
+        with found.errors_of(job.mask):
+            described[str(number)] = one = describe_run(run, **job.run_options)
+            _examine_sample(run, one.run["mask"].to_numpy(), found)
     return described
+
+
+def _about(run: xr.Dataset) -> str:
+    sizes = run.sizes
+    voxel = " x ".join(f"{size:.3g}" for size in grids.voxel_sizes(np.array(grids.grid_of(run).affine)))
+    return (
+        f"{sizes['x']} x {sizes['y']} x {sizes['z']} voxels of {voxel} mm, {sizes['time']} volumes of "
+        f"{run.attrs['repetition_time']:g} s"
+    )
 
 
 def _check_end(run: str) -> None:

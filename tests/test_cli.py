@@ -78,6 +78,14 @@ def fails(capsys, *arguments, status=1):
     return err
 
 
+def write_image(path, data, affine):
+    image = nib.Nifti1Image(data, affine)
+    image.header.set_zooms((*image.header.get_zooms()[:3], 2.0))
+    image.header.set_xyzt_units("mm", "sec")
+    image.to_filename(path)
+    return path
+
+
 # ------------------------------------------------------------------------------------------------------------- whole job
 
 
@@ -579,109 +587,7 @@ def test_module_and_script__are_the_command_line():
         assert done.stdout.strip() == f"chunkglm, version {cg.__version__}"
 
 
-# ----------------------------------------------------------------------------------------------------------- wrong input
-
-
-def altered(data, **changes):
-    """The whole job with other values of options; a list is given several times."""
-    words = {
-        "runs": [data / "run1.nii.gz", data / "run2.nii.gz"],
-        "design": [data / "run1_design.npz", data / "run2_design.npz"],
-        "mask": data / "mask.nii.gz",
-        "contrast": "diff=DSt - SSt",
-    } | changes
-    arguments = ["run", *words.pop("runs")]
-    for option, values in words.items():
-        for value in values if isinstance(values, list) else [values]:
-            arguments += [f"--{option}", value]
-    return arguments
-
-
-def write_image(path, data, affine=None, t_r=2.0):
-    image = nib.Nifti1Image(data, np.eye(4) if affine is None else affine)
-    if data.ndim == 4:
-        image.header.set_zooms((*image.header.get_zooms()[:3], t_r))
-        image.header.set_xyzt_units("mm", "sec")
-    image.to_filename(path)
-    return path
-
-
-def nameless(design, path):
-    np.savez(path, X=np.load(design)["X"])
-    return path
-
-
-def wrong_inputs(data, folder):
-    """Changes to the job, and what the message must say, by name."""
-    good = nib.load(data / "run1.nii.gz")
-    values = np.asarray(good.dataobj)
-    (folder / "text.nii.gz").write_text("this is not an image")
-    truncated = folder / "truncated.nii.gz"
-    truncated.write_bytes((data / "run1.nii.gz").read_bytes()[:-5000])
-    flat = write_image(folder / "flat.nii.gz", values[..., 0], good.affine)
-    timeless = write_image(folder / "timeless.nii.gz", values, good.affine, t_r=0.0)
-    small = write_image(folder / "small.nii.gz", np.ones((4, 4, 4), dtype=np.uint8))
-    shifted = write_image(
-        folder / "shifted.nii.gz",
-        np.ones(SHAPE, dtype=np.uint8),
-        good.affine + np.diag([0, 0, 0, 0.0]) + np.array([[0, 0, 0, 9.0], [0] * 4, [0] * 4, [0] * 4]),
-    )
-    empty = write_image(folder / "empty.nii.gz", np.zeros(SHAPE, dtype=np.uint8), good.affine)
-    second = data / "run2.nii.gz"
-    one, two = data / "run1_design.npz", data / "run2_design.npz"
-    return {
-        "no such file": ({"runs": [folder / "none.nii.gz", second]}, ["none.nii.gz"]),
-        "not a NIfTI": ({"runs": [folder / "text.nii.gz", second]}, ["text.nii.gz"]),
-        "truncated gzip": ({"runs": [truncated, second]}, ["truncated.nii.gz", "again"]),
-        "3-D image": ({"runs": [flat, second]}, ["flat.nii.gz", "3-D"]),
-        "no repetition time": ({"runs": [timeless, second]}, ["timeless.nii.gz", "--t-r"]),
-        "rows and volumes": ({"design": [two, one]}, ["run2_design.npz", "72", "66"]),
-        "one design": ({"design": [one]}, ["2 runs", "1 design"]),
-        "no such design": ({"design": [folder / "none.csv", two]}, ["none.csv"]),
-        "mask on another grid": ({"mask": small}, ["small.nii.gz", "(4, 4, 4)"]),
-        "mask shifted": ({"mask": shifted}, ["shifted.nii.gz", "mm"]),
-        "empty mask": ({"mask": empty}, ["empty.nii.gz", "empty"]),
-        "no such mask": ({"mask": folder / "none.nii"}, ["none.nii"]),
-        "unknown regressor": ({"contrast": "diff=DSt - typo"}, ["typo", "DSt"]),
-        "no names": (
-            {"design": [nameless(one, folder / "a.npz"), nameless(two, folder / "b.npz")]},
-            ["'x0'", "--column-names"],
-        ),
-        "constant": ({"contrast": "diff=DSt - SSt + 2"}, ["constant"]),
-        "product": ({"contrast": "diff=DSt * SSt"}, ["DSt * SSt"]),
-        "hostile name": ({"contrast": "../x=DSt"}, ["../x"]),
-        "too many weights": ({"contrast": "diff=[1,2,3,4,5,6,7,8,9,10]"}, ["10"]),
-        "two of a name": ({"contrast": ["a=DSt", "a=SSt"]}, ["'a'"]),
-        "noise model": ({"noise-model": "arma"}, ["arma", "ar2"]),
-        "sample masks": ({"sample-mask": data / "run1_design.npz"}, ["1 sample masks", "once for each run"]),
-        "memory": ({"memory": "1MiB"}, ["memory", "1.0 MiB"]),
-        "no amount of memory": ({"memory": "lots"}, ["lots"]),
-        "negative smoothing": ({"smoothing-fwhm": "-5"}, ["-5"]),
-    }
-
-
-WRONG = [
-    "no such file", "not a NIfTI", "truncated gzip", "3-D image", "no repetition time", "rows and volumes", "one design",
-    "no such design", "mask on another grid", "mask shifted", "empty mask", "no such mask", "unknown regressor", "no names", "constant",
-    "product", "hostile name", "too many weights", "two of a name", "noise model", "sample masks", "memory", "no amount of memory",
-    "negative smoothing",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_run__wrong_input_is_one_paragraph(what, data, tmp_path, capsys):
-    changes, expected = wrong_inputs(data, tmp_path)[what]
-    message = fails(capsys, *altered(data, **changes), "--output", tmp_path / "results")
-    for words in expected:
-        assert words in message
-    assert not (tmp_path / "results" / "provenance.json").exists()
-    assert not list((tmp_path / "results").rglob("*.nii.gz"))
-    if what not in ("truncated gzip", "no repetition time", "memory", "negative smoothing"):
-        assert not (tmp_path / "results").exists(), "this can be known before any work"
-
-
-def test_wrong_inputs__are_all_tested(data, tmp_path):
-    assert sorted(wrong_inputs(data, tmp_path)) == sorted(WRONG)
+# ----------------------------------------------------------------------------------------------------------- wrong usage
 
 
 @pytest.mark.parametrize(

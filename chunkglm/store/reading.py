@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -50,6 +51,12 @@ if TYPE_CHECKING:
 
     from chunkglm.store.places import StoreLike
 
+DATA_TYPES = {
+    "bool", "string", "float32", "float64", *(f"{sign}int{8 * n}" for sign in ("", "u") for n in (1, 2, 4, 8)),
+}  # fmt: skip
+CODECS = {"bytes", "vlen-utf8", "blosc", "crc32c"}
+"""What arrays of a store are made of."""
+
 # dask annotates a part of what it exports.
 da: Any = dask.array
 
@@ -64,6 +71,7 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
         super().__init__(store)
         self.name = name
         self.manifest = dict(manifest or {})
+        self._root = os.path.realpath(name) if name and not is_url(name) else None
 
     def with_read_only(self, read_only: bool = False) -> _CheckedStore:
         return type(self)(self._store.with_read_only(read_only), self.name, self.manifest)
@@ -80,6 +88,7 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
         return hash(self.name)
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        self.refuse_link(key)
         buffer = await self._store.get(key, prototype, byte_range)
         entry = self.manifest.get(key)
         if entry is not None and byte_range is None:
@@ -87,6 +96,16 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
             if problem:
                 raise _damaged(self.name, [problem])
         return buffer
+
+    def leaves(self, key: str) -> bool:
+        """Whether a file of a local store is a link to somewhere else."""
+        root = self._root
+        return root is not None and not os.path.realpath(f"{root}/{key}").startswith(f"{root}/")
+
+    def refuse_link(self, key: str) -> None:
+        """Refuse a file that is a link to somewhere else."""
+        if self.leaves(key):
+            raise _damaged(self.name, [f"{key} is a link that leaves it"])
 
     @property
     def backend(self) -> zarr.abc.store.Store:
@@ -108,7 +127,7 @@ def _damaged(name: str, problems: list[str]) -> DamagedStoreError:
 
 
 def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
-    """Open a complete store for checked reading; returns the store and the root's attributes."""
+    """Open a complete store for checked reading; returns the store and the root's metadata."""
     name = store_name(store)
     if not is_url(name) and not Path(name).is_dir():
         raise _not_a_folder(name)
@@ -128,7 +147,20 @@ def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
     if make_seal(metadata, manifest, manifest_metadata) != attrs[SEAL]:
         raise _damaged(name, [f"{ROOT} and {MANIFEST} do not belong together, or one was altered"])
     entries = {key: Entry(*entry) for key, entry in json.loads(manifest).items()}
-    return _CheckedStore(backend, name, entries), attrs
+    if outside := [key for key in entries if ".." in key.split("/") or key.startswith("/")]:
+        raise _damaged(name, [f"{key} lies outside of it" for key in outside])
+    _refuse_unknown_arrays(name, metadata["consolidated_metadata"]["metadata"])
+    return _CheckedStore(backend, name, entries), metadata
+
+
+def _refuse_unknown_arrays(name: str, arrays: Mapping[str, Any]) -> None:
+    """Refuse types and codecs that chunkglm never writes: they may be anything, also programs."""
+    for array, about in arrays.items():
+        codecs = [str(codec["name"]) for codec in about["codecs"]]
+        if str(about["data_type"]) not in DATA_TYPES or not set(codecs) <= CODECS:
+            raise _damaged(
+                name, [f"{array} has the type {about['data_type']} and the codecs {', '.join(codecs)}"]
+            )
 
 
 def _not_a_folder(name: str) -> StoreError | SourceNotFoundError:
@@ -175,13 +207,16 @@ def _not_sealed(name: str, metadata: dict[str, Any], backend: zarr.abc.store.Sto
 
 
 def _read_manifest(backend: zarr.abc.store.Store, name: str) -> tuple[bytes, bytes]:
-    if missing := [f"{key} is missing" for key in MANIFEST_FILES if read_file(backend, key) is None]:
-        raise _damaged(name, missing)
+    metadata, content = (read_file(backend, key) for key in MANIFEST_FILES)
+    if metadata is None or content is None:
+        both = zip(MANIFEST_FILES, (metadata, content), strict=True)
+        raise _damaged(name, [f"{key} is missing" for key, found in both if found is None])
     try:
-        array = cast("Any", zarr.open_array(backend, path=MANIFEST, mode="r"))
-        return np.asarray(array[:]).tobytes(), read_file(backend, MANIFEST_FILES[0]) or b""
-    except Exception as error:  # zarr and its codecs raise many kinds for a broken array
+        (length,) = json.loads(metadata)["shape"]
+        manifest = chunkfiles.decode_chunk(content, (length,), np.dtype(np.uint8)).tobytes()
+    except (chunkfiles.ChunkProblemError, ValueError, KeyError, TypeError) as error:
         raise _damaged(name, [f"the array {MANIFEST} cannot be read ({error})"]) from error
+    return manifest, metadata
 
 
 def open_store(store: StoreLike) -> xr.Dataset:
@@ -202,20 +237,19 @@ def open_store(store: StoreLike) -> xr.Dataset:
     SourceNotFoundError, IncompleteStoreError, FormatVersionError, DamagedStoreError
         The last also later, when a chunk that is read is missing or altered.
     """
-    checked, _ = open_checked(store)
+    checked, metadata = open_checked(store)
+    # All metadata lies in the root, which the seal holds.
     ds: xr.Dataset = xr.open_zarr(
-        cast("Any", checked), consolidated=False, chunks={}, drop_variables=OWN_VARIABLES
+        cast("Any", checked), consolidated=True, chunks={}, drop_variables=OWN_VARIABLES
     )
-    arrays = {key.removesuffix(f"/{ROOT}") for key in checked.manifest if key.endswith(f"/{ROOT}")}
-    if missing := arrays - set(ds.variables) - set(OWN_VARIABLES):
-        raise _damaged(checked.name, [f"{array}/{ROOT} is missing" for array in sorted(missing)])
+    arrays = metadata["consolidated_metadata"]["metadata"]
     for name in OWN_ATTRS:
         ds.attrs.pop(name, None)
     for variable in ds.variables.values():
         for key in ("chunks", "preferred_chunks", "shards"):
             variable.encoding.pop(key, None)
     if not is_url(checked.name):
-        ds = ds.assign({name: _read_directly(ds[name], str(name), checked) for name in ds.data_vars})
+        ds = ds.assign({name: _read_directly(ds[name], arrays[str(name)], checked) for name in ds.data_vars})
     small = [
         name
         for name, variable in ds.variables.items()
@@ -237,18 +271,20 @@ class StoredArray:
     """
 
     def __init__(
-        self, array: Any, name: str, store: _CheckedStore, scale: tuple[float, float] | None
+        self, name: str, about: Mapping[str, Any], store: _CheckedStore, scale: tuple[float, float] | None
     ) -> None:
-        self.shape, self.ndim = array.shape, array.ndim
-        self.dtype = np.dtype(np.float64) if scale is not None else array.dtype
-        self._array, self._name, self._store, self._scale = array, name, store, scale
+        self.shape, self.ndim = tuple(about["shape"]), len(about["shape"])
+        self.chunks = tuple(about["chunk_grid"]["configuration"]["chunk_shape"])
+        self._stored_dtype = np.dtype(about["data_type"])
+        self.dtype = np.dtype(np.float64) if scale is not None else self._stored_dtype
+        self._name, self._store, self._scale = name, store, scale
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
         return (self._store.__dask_tokenize__(), self._name)
 
     def __getitem__(self, key: tuple[Any, ...]) -> np.ndarray[Any, Any]:
         place = self._within_a_chunk(key)
-        values = np.asarray(self._array[key]) if place is None else self._read(place[0])[place[1]]
+        values = self._read_by_zarr(key) if place is None else self._read(place[0])[place[1]]
         if self._scale is not None:
             # As xarray decodes it.
             values = values.astype(np.float64)
@@ -256,12 +292,16 @@ class StoredArray:
             values += self._scale[1]
         return values
 
+    def _read_by_zarr(self, key: tuple[Any, ...]) -> np.ndarray[Any, Any]:
+        array = cast("Any", zarr.open_array(cast("Any", self._store), path=self._name, mode="r"))
+        return np.asarray(array[key])
+
     def _within_a_chunk(self, key: tuple[Any, ...]) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
         """Index of the chunk that holds all that is asked for, and the place in it; None if none does."""
         if len(key) != self.ndim:
             return None
         index, inside = [], []
-        for part, length, n in zip(key, self._array.chunks, self.shape, strict=True):
+        for part, length, n in zip(key, self.chunks, self.shape, strict=True):
             if isinstance(part, slice) and part.step in {None, 1}:
                 start, stop, _ = part.indices(n)
                 number = start // length
@@ -279,32 +319,31 @@ class StoredArray:
     def _read(self, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
         key = chunk_key(self._name, index)
         path, entry = Path(self._store.name) / key, self._store.manifest.get(key)
+        self._store.refuse_link(key)
         try:
-            return chunkfiles.read_chunk(path, entry, self._array.chunks, self._array.dtype)
+            return chunkfiles.read_chunk(path, entry, self.chunks, self._stored_dtype)
         except chunkfiles.ChunkProblemError as error:
             raise _damaged(self._store.name, [f"{key} {error}"]) from error
 
 
-def _read_directly(variable: xr.DataArray, name: str, store: _CheckedStore) -> xr.DataArray:
+def _read_directly(variable: xr.DataArray, about: Mapping[str, Any], store: _CheckedStore) -> xr.DataArray:
     """Have the chunks of a large variable read without zarr; as it is where it is decoded in any unusual way."""
     encoding = variable.encoding
     if variable.chunks is None or not set(variable.dims) & set(SPACE):
         return variable
-    array = cast("Any", zarr.open_array(cast("Any", store), path=name, mode="r"))
+    dtype = np.dtype(about["data_type"])
     packing = nifti.source_packing(variable)
-    usual = array.dtype == variable.dtype if packing is None else variable.dtype == np.float64
-    codecs, ours = (
-        [one.to_dict() for one in some] for some in (array.metadata.codecs[1:], compressors(array.dtype))
-    )
-    if not usual or not chunkfiles.is_plain(array.dtype) or codecs != ours:
+    usual = dtype == variable.dtype if packing is None else variable.dtype == np.float64
+    ours = json.loads(canonical_json([one.to_dict() for one in compressors(dtype)]))
+    if not usual or not chunkfiles.is_plain(dtype) or about["codecs"][1:] != ours:
         return variable
     if "_FillValue" in encoding and not np.isnan(encoding["_FillValue"]):
         return variable
     # Not from the packing, for which -0.0 is 0.0: that would turn -0.0 in the data into 0.0.
     scale = None if packing is None else (encoding.get("scale_factor", 1.0), encoding.get("add_offset", -0.0))
-    stored = StoredArray(array, name, store, scale)
+    stored = StoredArray(str(variable.name), about, store, scale)
     meta = np.empty((0,) * stored.ndim, dtype=stored.dtype)
-    data = da.from_array(stored, chunks=array.chunks, name=f"{name}-{tokenize(stored)}", meta=meta)
+    data = da.from_array(stored, chunks=stored.chunks, name=f"{variable.name}-{tokenize(stored)}", meta=meta)
     return variable.copy(data=data)
 
 
@@ -402,6 +441,7 @@ def _verify(name: str) -> None:
     checked, _ = open_checked(name)
     foreign = set(list_files(checked.backend)) - set(checked.manifest) - {ROOT, *MANIFEST_FILES}
     problems = [f"{key} does not belong to it" for key in foreign]
+    problems += [f"{key} is a link that leaves it" for key in checked.manifest if checked.leaves(key)]
     for key, entry in checked.manifest.items():
         problem = _problem(key, read_file(checked.backend, key), entry)
         problems += [problem] if problem else []

@@ -150,10 +150,10 @@ def _runs_before(name: str) -> _Before | None:
     if is_url(name):
         return None
     try:
-        checked, attrs = open_checked(name)
+        checked, metadata = open_checked(name)
     except ChunkGLMError:
         return None
-    made_of = attrs.get(MADE_OF)
+    made_of = metadata["attributes"].get(MADE_OF)
     return _Before(made_of, checked.manifest) if isinstance(made_of, dict) else None
 
 
