@@ -623,8 +623,9 @@ def _print_rows(rows: list[dict[str, str]], headings: tuple[str, ...], *, as_jso
         _print_json(rows)
         return
     table = Table(box=None, pad_edge=False)
+    # The last column tells most.
     for heading in headings:
-        table.add_column(heading, overflow="fold", no_wrap=heading == headings[-2] and len(headings) < 4)
+        table.add_column(heading, overflow="fold", max_width=None if heading == headings[-1] else 32)
     for row in rows:
         table.add_row(*row.values())
     OUT.print(table)

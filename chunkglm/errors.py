@@ -2,6 +2,22 @@
 
 Each kind is also the builtin kind that a caller would expect to catch (``ValueError``, ``OSError``, ...). A
 message is one paragraph: what was got, what is accepted, and how to mend it, naming the file where there is one.
+
+================================  =====================================================================
+An input cannot be right          ``InputError``, and more closely ``NiftiError``, ``GridMismatchError``,
+                                  ``MaskError``, ``DesignError``, ``ContrastError``; ``PreflightError``
+                                  for several at once
+A file is not there, or the       ``SourceNotFoundError``, ``SourceReadError``
+system cannot read it
+A store cannot be used            ``StoreError``, and more closely ``StoreExistsError``,
+                                  ``BusyStoreError``, ``IncompleteStoreError``, ``DamagedStoreError``,
+                                  ``FormatVersionError``
+It cannot be done as asked        ``MemoryBudgetError``, ``NotAvailableError``,
+                                  ``MissingDependencyError``
+================================  =====================================================================
+
+All are ``ChunkGLMError``. Inputs are examined before any work; what was finished when a ``StoreError`` or a
+``SourceReadError`` stops the work is kept, and the same call goes on there.
 """
 
 

@@ -422,9 +422,9 @@ def _examine_room(job: Job, models: Models, described: Mapping[str, Description]
     needed = disk_needed(job, models, described) - _bytes_of(job.output)
     place = next(one for one in (job.output.absolute(), *job.output.absolute().parents) if one.exists())
     free = shutil.disk_usage(place).free
-    text = f"about {plan.format_bytes(max(needed, 0))} are needed, and {plan.format_bytes(free)} are free at {place}"
+    text = f"the results take about {plan.format_bytes(max(needed, 0))}, and {plan.format_bytes(free)} are free at {place}"
     if needed > 2 * free:
-        error = StoreError(f"Disk: {text}. Make room, or choose another --output.")
+        error = StoreError(f"{text[0].upper()}{text[1:]}. Make room, or choose another --output.")
         found.append(Finding("error", "disk", str(error), error))
     else:
         found.add("warning" if needed > free else "ok", "disk", text)

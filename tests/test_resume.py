@@ -661,6 +661,56 @@ def test_a_full_disk(data, full_disk):
     assert {name.replace("store/", ""): stamp for name, stamp in before.items()}.items() <= after.items()
 
 
+def test_a_disk_that_is_only_for_reading(data, full_disk):
+    subprocess.run(["mount", "-o", "remount,ro", full_disk], check=True)
+    words = [sys.executable, "-m", "chunkglm", "convert", data / "run1.nii", full_disk / "run-1"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert str(full_disk / "run-1") in last
+    assert "Read-only file system" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_store_that_lacks_a_chunk_is_never_called_complete(data, tmp_path, monkeypatch):
+    """As if the file system had lost it on the way."""
+    from chunkglm import chunkfiles
+
+    original, lost = chunkfiles.write_chunk, []
+
+    def lose(path, *arguments):
+        original(path, *arguments)
+        if not lost and str(path).endswith("bold/c/1/0/0/0"):
+            lost.append(path)
+            path.unlink()
+
+    monkeypatch.setattr(chunkfiles, "write_chunk", lose)
+    with pytest.raises(
+        cg.errors.StoreError, match=r"run-1 was not finished: its chunk bold/c/1/0/0/0 was not written"
+    ):
+        cg.convert(data / "run1.nii", tmp_path / "run-1")
+    assert lost
+    assert not (tmp_path / "run-1").exists()
+    cg.convert(data / "run1.nii", tmp_path / "run-1")
+    cg.verify(tmp_path / "run-1")
+
+
+def test_a_conversion_at_a_url_goes_on(data, tmp_path, monkeypatch):
+    url = f"memory://resume-{time.time_ns()}/run-1"
+    with pytest.raises(KeyboardInterrupt):
+        cg.convert(data / "run1.nii", url, smoothing_fwhm=5, progress=Stop(32))
+    with pytest.raises(ChunkGLMError):
+        cg.open_run(url)
+    with pytest.raises(StoreExistsError, match="begun with other smoothing"):
+        cg.convert(data / "run1.nii", url)
+    counts = counted(monkeypatch)
+    cg.convert(data / "run1.nii", url, smoothing_fwhm=5)
+    assert 0 < counts["volumes"] <= 70 - 32
+    cg.verify(url)
+    whole = cg.convert(data / "run1.nii", tmp_path / "whole", smoothing_fwhm=5)
+    xr.testing.assert_identical(cg.open_run(url).load(), whole.load())
+
+
 def test_a_place_that_cannot_be_written(data, tmp_path):
     place = tmp_path / "file"
     place.write_text("")

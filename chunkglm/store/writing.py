@@ -307,7 +307,9 @@ class StoreWriter:
 
     def finish(self, made_of: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> None:
         """Write the manifest and then, last, the root, with what the store is made of and more attributes."""
-        manifest = canonical_json(make_manifest(self._backend))
+        entries = make_manifest(self._backend)
+        _refuse_gaps(self._site.name, self._metadata(), entries)
+        manifest = canonical_json(entries)
         zarr.create_array(
             self._store,
             name=MANIFEST,
@@ -325,12 +327,28 @@ class StoreWriter:
 
     def _consolidated(self) -> dict[str, Any]:
         """The metadata of all arrays once more, where plain xarray and zarr look for them first."""
+        return {"kind": "inline", "must_understand": False, "metadata": self._metadata()}
+
+    def _metadata(self) -> dict[str, Any]:
+        """Metadata of all arrays, by name."""
         arrays = [key for key in list_files(self._backend) if key.endswith(f"/{ROOT}")]
-        found = {
+        return {
             key.removesuffix(f"/{ROOT}"): json.loads(read_file(self._backend, key) or b"{}")
             for key in sorted(arrays)
         }
-        return {"kind": "inline", "must_understand": False, "metadata": found}
+
+
+def _refuse_gaps(name: str, arrays: Mapping[str, Any], entries: Mapping[str, Entry]) -> None:
+    """Refuse to call a store complete that lacks a chunk: to Zarr it would be zeros."""
+    for array, about in arrays.items():
+        lengths = about["chunk_grid"]["configuration"]["chunk_shape"]
+        counts = [-(-n // length) for n, length in zip(about["shape"], lengths, strict=True)]
+        for index in itertools.product(*map(range, counts)):
+            if chunk_key(array, index) not in entries:
+                raise StoreError(
+                    f"{name} was not finished: its chunk {chunk_key(array, index)} was not written. Run the same command again "
+                    "to go on."
+                )
 
 
 def _link(source: Path, target: Path) -> None:
