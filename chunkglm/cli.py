@@ -423,6 +423,9 @@ def combine(
 
 
 def _save(lazy: xr.Dataset, output: str, title: str, *, n_threads: int, overwrite: bool) -> None:
+    if not overwrite and stores.is_saved(lazy, output):
+        OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
+        return
     with threads(n_threads), stage(ERR, title, "tasks", quiet=_State.quiet) as progress:
         stores.save(lazy, output, overwrite=overwrite, progress=progress)
     OUT.print(f"Wrote {output}", soft_wrap=True)

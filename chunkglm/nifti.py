@@ -128,6 +128,12 @@ class Header:
         return (self.slope, self.intercept) != (1.0, 0.0)
 
     @property
+    def space_unit(self) -> str | None:
+        """Unit of lengths that the header names; None if it names none."""
+        code = int(parse_header(self.raw, "")["xyzt_units"]) & 7
+        return {1: "metres", 2: "millimetres", 3: "micrometres"}.get(code)
+
+    @property
     def volume_bytes(self) -> int:
         """Bytes of one volume."""
         return math.prod(self.shape[:3]) * self.dtype.itemsize

@@ -283,6 +283,9 @@ def _examine_sample(run: str, mask: np.ndarray[Any, Any] | None, found: _Found) 
     with nifti.open_reader(run) as reader:
         block = np.empty((min(SAMPLE, reader.shape[0]), *reader.shape[1:]), dtype=reader.native_dtype)
         reader.read(block, 0)
+    unit = reader.header.space_unit
+    if unit not in {None, "millimetres"}:
+        found.add("warning", run, f"its header says that lengths are in {unit}; they are read as millimetres")
     values = block.reshape(len(block), -1) if mask is None else block[:, mask]
     n = values.shape[1]
     where = "image" if mask is None else "mask"

@@ -124,6 +124,13 @@ def test_repetition_times_that_differ(data):
     ]
 
 
+def test_lengths_that_are_not_in_millimetres(data):
+    changed(data / "run2.nii.gz", lambda values: values, xyzt_units=1 | 8)
+    assert told(data, "warning") == [
+        "run2.nii.gz: its header says that lengths are in metres; they are read as millimetres"
+    ]
+
+
 def test_the_same_run_twice(data):
     twice = (str(data / "run1.nii.gz"),) * 2
     assert told(data, "warning", runs=twice, designs=(str(data / "design1.csv"),) * 2) == [

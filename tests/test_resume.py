@@ -3,6 +3,7 @@
 More evidence: ``python -m pytest tests/test_resume.py --kills 200 --flips 1000``.
 """
 
+import errno
 import gzip
 import importlib
 import json
@@ -524,6 +525,28 @@ def test_a_lock_that_a_killed_process_left_is_no_obstacle(data, tmp_path):
     folder.mkdir()
     (folder / "lock").touch()
     cg.convert(data / "run1.nii", tmp_path / "run-1")
+    assert [path.name for path in tmp_path.iterdir()] == ["run-1"]
+
+
+def test_a_file_system_without_locks(data, tmp_path, monkeypatch):
+    """Then a file says whose it is, and is there while the owner works."""
+    import filelock
+
+    def refuse(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(filelock.FileLock, "_acquire", refuse)
+    folder, seen = tmp_path / "run-1.partial", []
+
+    def look(done, total):
+        seen.append((folder / "lock.owner").exists())
+        if len(seen) == 1:
+            with pytest.raises(BusyStoreError, match=r"remove .*lock\.owner"):
+                cg.convert(data / "run1.nii", tmp_path / "run-1")
+
+    cg.convert(data / "run1.nii", tmp_path / "run-1", progress=look)
+    assert seen
+    assert all(seen)
     assert [path.name for path in tmp_path.iterdir()] == ["run-1"]
 
 

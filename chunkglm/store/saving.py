@@ -18,6 +18,7 @@ from chunkglm.errors import ChunkGLMError, InputError
 from chunkglm.schema import FORMAT_VERSION, SPACE, canonical_json, text_labels
 from chunkglm.store.manifest import HEADER, OWN_VARIABLES
 from chunkglm.store.places import MADE_OF, is_url, store_name
+from chunkglm.store.reading import made_of as _made_of
 from chunkglm.store.reading import open_checked, open_store
 from chunkglm.store.site import differences, hash_of, is_up_to_date
 from chunkglm.store.writing import is_stored_as_it_is, writing
@@ -71,16 +72,33 @@ def save(
         If something else is there, or was begun, and ``overwrite`` is not given.
     BusyStoreError, StoreError, InputError
     """
+    if not overwrite and is_saved(ds, store):
+        return open_store(store)
     ds = _encoded(savable(ds))
     made_of = {"content": _content_hash(ds)}
-    if not overwrite and is_up_to_date(store, made_of):
-        return open_store(store)
     with writing(store, made_of, overwrite=overwrite, resume=resume) as writer:
         writer.create(ds, chunk_shapes(ds))
         with _Counting(progress) if progress else nullcontext():
             writer.compute(ds)
         writer.finish(made_of)
     return open_store(store)
+
+
+def is_saved(ds: xr.Dataset, store: StoreLike) -> bool:
+    """Whether saving a dataset would make again what is there.
+
+    Parameters
+    ----------
+    ds : Dataset
+    store : path or URL
+
+    Returns
+    -------
+    bool
+    """
+    return _made_of(store) is not None and is_up_to_date(
+        store, {"content": _content_hash(_encoded(savable(ds)))}
+    )
 
 
 def save_runs(

@@ -8,6 +8,7 @@ these records are all that is needed to go on after the process was killed at an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -42,7 +43,11 @@ if TYPE_CHECKING:
     from chunkglm.store.places import StoreLike
 
 BEGUN, CLAIMS, LOCK, STORE, OLD = "begun.json", "claims", "lock", "store", "old"
-MEMBERS = {BEGUN, CLAIMS, LOCK, STORE, OLD}
+SOFT_LOCK = "lock.owner"
+MEMBERS = {BEGUN, CLAIMS, LOCK, SOFT_LOCK, STORE, OLD}
+
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems without locks answer, such as some of clusters."""
 
 ATTEMPTS = 100
 """To take a lock whose file another process is just removing."""
@@ -224,7 +229,7 @@ class Site:
             zarr.core.sync.sync(self.backend.delete_dir(""))
             zarr.core.sync.sync(self._records.delete_dir(""))
             return
-        for member in MEMBERS - {LOCK}:
+        for member in MEMBERS - {LOCK, SOFT_LOCK}:
             path = Path(self.folder) / member
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
@@ -311,26 +316,40 @@ def _alone(name: str) -> Iterator[None]:
 
 def _lock(folder: Path) -> Any:
     """Take the lock of a site, which is let go when the process ends, however it ends."""
-    from filelock import FileLock, Timeout  # noqa: PLC0415  (only where a store is written)
-
     _refuse_others(folder)
     for _ in range(ATTEMPTS):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0)
         try:
-            lock.acquire()
-        except Timeout as error:
-            raise BusyStoreError(
-                f"{folder} is in use: another process is writing {str(folder).removesuffix(PARTIAL)}. Wait until it has "
-                "finished, and run the same command again, or choose another place."
-            ) from error
+            lock = _take_lock(folder / LOCK)
         except FileNotFoundError:
             continue
         # The process that had it may have removed its file.
-        if (folder / LOCK).exists():
+        if Path(lock.lock_file).exists():
             return lock
         lock.release()
     raise BusyStoreError(f"{folder} cannot be locked: its lock file vanishes. Choose another place.")
+
+
+def _take_lock(path: Path) -> Any:
+    """Take a lock of the system; where a file system has none, one that is a file with the name of its owner."""
+    from filelock import FileLock, SoftFileLock, Timeout  # noqa: PLC0415  (only where a store is written)
+
+    lock: Any = FileLock(path, timeout=0)
+    try:
+        try:
+            lock.acquire()
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            lock = SoftFileLock(path.with_name(SOFT_LOCK), timeout=0)
+            lock.acquire()
+    except Timeout as error:
+        place = str(path.parent).removesuffix(PARTIAL)
+        raise BusyStoreError(
+            f"{path.parent} is in use: another process is writing {place}. Wait until it has finished, and run the same "
+            f"command again, or choose another place. If none is running any more, on no computer, remove {error.lock_file}."
+        ) from error
+    return lock
 
 
 def _refuse_others(folder: Path) -> None:
@@ -343,11 +362,13 @@ def _refuse_others(folder: Path) -> None:
 
 def _leave(folder: Path, lock: Any) -> None:
     """Let a site go; its folder stays if there is something to continue."""
-    if not any(member.name != LOCK for member in folder.iterdir()):
-        (folder / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):
-            folder.rmdir()
+    if any(member.name not in {LOCK, SOFT_LOCK} for member in folder.iterdir()):
+        lock.release()
+        return
+    (folder / LOCK).unlink(missing_ok=True)
     lock.release()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _move(built: Path, target: Path, old: Path) -> None:
