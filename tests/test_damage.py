@@ -22,6 +22,7 @@ from chunkglm.errors import (
     InputError,
     NiftiError,
     SourceNotFoundError,
+    StoreError,
     StoreExistsError,
 )
 from chunkglm.testing import write_simulated_run
@@ -223,7 +224,10 @@ def test_template__of_a_run_of_many_gigabytes_can_be_created(source, tmp_path):
         long = SimpleNamespace(header=header, shape=(4000, 91, 109, 91))
         chunks = plan.bold_chunks(long.shape, 4)
         template = store.savable(module._template(long, 2.0, 5.0, chunks, None))
-        with store.writing(tmp_path / "run-1", {}, overwrite=False) as writer:
+        with (
+            pytest.raises(StoreError, match="was not finished"),
+            store.writing(tmp_path / "run-1", {}, overwrite=False) as writer,
+        ):
             writer.create(
                 template, {"bold": tuple(chunks), "mask": long.shape[1:], "mean_image": long.shape[1:]}
             )
