@@ -22,10 +22,10 @@ def test_contrasts(fit: str, output: Path) -> None:
     import numpy as np
 
     import chunkglm as cg
-    from chunkglm.cluster import return_freed_memory, threads
+    from chunkglm.cluster import share_freed_memory, threads
     from chunkglm.plan import available_cpus
 
-    return_freed_memory()
+    share_freed_memory()
     fitted = cg.open_store(fit)
     n = fitted.sizes["regressor"]
     definitions = {

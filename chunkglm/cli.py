@@ -21,7 +21,7 @@ from chunkglm import job as jobs
 from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import return_freed_memory, stage, threads
+from chunkglm.cluster import share_freed_memory, stage, threads
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
 from chunkglm.convert import is_converted
@@ -774,7 +774,7 @@ def _say(kind: str, message: str) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; exits with 0, with 1 on failure, with 2 on wrong usage."""
-    return_freed_memory()
+    share_freed_memory()
     _State.quiet, _State.verbose = False, False
     _State.arguments = tuple(sys.argv[1:] if arguments is None else arguments)
     try:

@@ -21,7 +21,7 @@ from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels
 from chunkglm.schema import FORMAT_VERSION, NUMERICAL_VERSION, RUN, SPACE, annotate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -52,7 +52,7 @@ def convert(
     """Convert a NIfTI run to a run store.
 
     The file is read once, in blocks of volumes. The store holds its values exactly, in the file's dtype, unless
-    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32, in the box about the mask if one is
+    ``smoothing_fwhm`` is given; then it holds the smoothed values as float32, in the mask if one is
     given, and NaN outside of it. The mask is found in, or applied to, and the mean image is taken of, the unsmoothed
     signal.
 
@@ -162,12 +162,14 @@ def convert_run(
         needed = _memory_needed(reader, smoother)
         n_threads = plan.most_threads(memory, needed, n_threads, f"Converting {reader.name}")
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
-        template = _template(reader, repetition_time, smoothing_fwhm, chunks, smoother)
+        template = _template(reader, repetition_time, smoothing_fwhm, chunks, masked=mask is not None)
         made_of = _made_of(reader, repetition_time, smoothing_fwhm, given_mask)
         with stores.writing(store, made_of, overwrite=overwrite, resume=resume) as writer:
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
-            pipeline = _Pipeline(reader, writer, chunks, smoother, consume=consume, progress=progress)
+            pipeline = _Pipeline(
+                reader, writer, chunks, smoother, given_mask, consume=consume, progress=progress
+            )
             mean = pipeline.run(n_threads)
             found = epi_mask(mean) if given_mask is None else given_mask
             if not found.any():
@@ -305,7 +307,8 @@ def describe_run(
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
         smoother = _smoother(reader, smoothing_fwhm, given_mask)
-        ds = _template(reader, _repetition_time(reader, t_r), smoothing_fwhm, chunks, smoother)
+        t_r = _repetition_time(reader, t_r)
+        ds = _template(reader, t_r, smoothing_fwhm, chunks, masked=mask is not None)
         ds = ds if given_mask is None else ds.assign(mask=(SPACE, given_mask))
         return Description(ds, _memory_needed(reader, smoother))
 
@@ -345,7 +348,7 @@ def _memory_needed(reader: RunReader, smoother: Smoother | None) -> Callable[[in
 
 
 def _template(
-    reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks, smoother: Smoother | None
+    reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks, *, masked: bool
 ) -> xr.Dataset:
     """Make the store's metadata: everything but the values of bold, mask and mean image."""
     import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
@@ -370,7 +373,7 @@ def _template(
         attrs={
             "kind": "run",
             "repetition_time": t_r,
-            "processing": _processing(fwhm, smoother, volume),
+            "processing": _processing(fwhm, masked=masked),
             "numerical_version": NUMERICAL_VERSION,
         },
     )
@@ -380,10 +383,10 @@ def _template(
     return annotate(ds, RUN)
 
 
-def _processing(fwhm: float | None, smoother: Smoother | None, shape: Sequence[int]) -> list[str]:
-    if smoother is None:
+def _processing(fwhm: float | None, *, masked: bool) -> list[str]:
+    if fwhm is None:
         return []
-    where = "" if smoother.shape == tuple(shape) else ", in the box about the mask"
+    where = ", in the mask" if masked else ""
     return [f"smoothed by a Gaussian of {fwhm:g} mm full width at half maximum{where}"]
 
 
@@ -419,12 +422,15 @@ class _Pipeline:
         writer: StoreWriter,
         chunks: plan.Chunks,
         smoother: Smoother | None,
+        mask: NDArray[np.bool_] | None,
         *,
         consume: Consumer | None,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self._reader, self._writer, self._chunks = reader, writer, chunks
         self._smoother, self._consume, self._progress = smoother, consume, progress
+        # Of a smoothed run, what lies outside of a mask is left out.
+        self._mask = mask if smoother is not None else None
         self._places = plan.voxel_blocks(reader.shape[1:], chunks)
         self._starts = iter(range(0, reader.shape[0], chunks.time))
         self._reading = threading.Lock()
@@ -467,7 +473,7 @@ class _Pipeline:
         smoothed = scratch = None
         if smoother is not None:
             smoothed, scratch = np.empty((length, *smoother.shape), dtype=np.float32), make_scratch(smoother)
-        chunk = _Chunk(self._chunks, smoother, reader.native_dtype)
+        chunk = _Chunk(self._chunks, smoother, self._mask, reader.native_dtype)
         try:
             while (taken := self._take(raw)) is not None:
                 start, block, content = taken
@@ -547,28 +553,37 @@ class _Pipeline:
 
 
 class _Chunk:
-    """A chunk of the store, made from the part of it that was smoothed; NaN elsewhere."""
+    """A chunk of the store, made from the part of it that was smoothed; NaN outside of the mask, if there is one."""
 
-    def __init__(self, chunks: plan.Chunks, smoother: Smoother | None, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self,
+        chunks: plan.Chunks,
+        smoother: Smoother | None,
+        mask: NDArray[np.bool_] | None,
+        dtype: np.dtype[Any],
+    ) -> None:
         self._buffer = np.empty(math.prod(chunks), dtype=dtype if smoother is None else np.float32)
         self._box = None if smoother is None else smoother.box
-        self._blank: Any = None
+        self._mask = mask
 
     def fill(self, block: NDArray[Any], place: Place) -> NDArray[Any]:
-        """The values at a place, contiguous, valid until the next; ``block`` holds those in the box."""
+        """The values at a place, valid until the next; ``block`` holds those in the box."""
         shape = (len(block), *(part.stop - part.start for part in place))
-        values = self._buffer[: math.prod(shape)].reshape(shape)
-        if self._box is None:
+        if self._box is None or self._mask is None:
+            values = self._buffer[: math.prod(shape)].reshape(shape)
             values[...] = block[(slice(None), *place)]
             return values
-        inside, source = [], []
+        if not self._mask[place].any():
+            # One value, broadcast, which costs little to store.
+            return np.broadcast_to(np.float32(np.nan), shape)
+        values = self._buffer[: math.prod(shape)].reshape(shape)
+        values.fill(np.nan)
+        inside, source, masked = [], [], []
         for part, made in zip(place, self._box, strict=True):
-            start = max(part.start, made.start)
-            stop = max(min(part.stop, made.stop), start)
+            start, stop = max(part.start, made.start), min(part.stop, made.stop)
             inside.append(slice(start - part.start, stop - part.start))
             source.append(slice(start - made.start, stop - made.start))
-        if self._blank != (shape, inside):
-            values.fill(np.nan)
-            self._blank = shape, inside
-        values[(slice(None), *inside)] = block[(slice(None), *source)]
+            masked.append(slice(start, stop))
+        part_of_block = block[(slice(None), *source)]
+        np.copyto(values[(slice(None), *inside)], part_of_block, where=self._mask[tuple(masked)])
         return values

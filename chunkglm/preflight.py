@@ -436,8 +436,15 @@ def _examine_room(job: Job, models: Models, described: Mapping[str, Description]
 def disk_needed(job: Job, models: Models, described: Mapping[str, Description]) -> int:
     """Estimate the bytes that the results of a job take."""
     runs = [one.run for one in described.values()]
-    stored = sum(one["bold"].size * one["bold"].dtype.itemsize for one in runs) / STORED
     voxels = runs[0]["mask"].size if job.mask is None else int(runs[0]["mask"].sum())
+    # A smoothed run holds the voxels of a mask, and noise in all bits of them.
+    smoothed = job.smoothing_fwhm is not None and job.mask is not None
+    stored = sum(
+        4 * voxels * one.sizes["time"] / MADE
+        if smoothed
+        else one["bold"].size * one["bold"].dtype.itemsize / STORED
+        for one in runs
+    )
     columns = {name for design in models.designs.values() for name in design.columns}
     order = check_options(job.noise_model, job.signal_scaling, job.compat)
     per_voxel = len(columns) + 2 + (LARGEST_AUTO_ORDER if order is None else order)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 """Version of the layout of stores; a reader refuses versions that it does not know."""
 
-NUMERICAL_VERSION = "4"
+NUMERICAL_VERSION = "5"
 """Changes whenever the same input and options would give other numbers."""
 
 SPACE = ("z", "y", "x")

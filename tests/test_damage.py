@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -223,16 +224,14 @@ def test_template__of_a_run_of_many_gigabytes_can_be_created(source, tmp_path):
         header = replace(reader.header, shape=(91, 109, 91, 4000), dtype=np.dtype(np.float32))
         long = SimpleNamespace(header=header, shape=(4000, 91, 109, 91))
         chunks = plan.bold_chunks(long.shape, 4)
-        template = store.savable(module._template(long, 2.0, 5.0, chunks, None))
-        with (
-            pytest.raises(StoreError, match="was not finished"),
-            store.writing(tmp_path / "run-1", {}, overwrite=False) as writer,
-        ):
-            writer.create(
-                template, {"bold": tuple(chunks), "mask": long.shape[1:], "mean_image": long.shape[1:]}
-            )
+        template = store.savable(module._template(long, 2.0, 5.0, chunks, masked=False))
+        shapes = {"bold": tuple(chunks), "mask": long.shape[1:], "mean_image": long.shape[1:]}
+        with suppress(KeyboardInterrupt), store.writing(tmp_path / "run-1", {}, overwrite=False) as writer:
+            writer.create(template, shapes)
             assert writer.array("bold").chunks == tuple(chunks)
-            writer.finish({})
+            with pytest.raises(StoreError, match="was not finished"):
+                writer.finish({})
+            raise KeyboardInterrupt
 
 
 # ----------------------------------------------------------------------------------------------------------- other stores
