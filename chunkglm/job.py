@@ -298,12 +298,18 @@ def _convert_all(
     runs = {}
     for number, source in enumerate(job.runs, start=1):
         place = _run_place(job, number)
-        if hashes is not None and is_converted(source, place, **job.run_options, sha256=hashes[number - 1]):
+        known = {**job.run_options, "sha256": None if hashes is None else hashes[number - 1]}
+        if hashes is not None and is_converted(source, place, **known) and _is_trusted(place, job):
             runs[str(number)] = stores.open_run(place)
         else:
             memory = plan.parse_memory(job.memory)
             runs[str(number)] = _convert(job, source, number, console, quiet=quiet, memory=memory)
     return runs
+
+
+def _is_trusted(place: Path, job: Job) -> bool:
+    """Whether a store that is there is kept: where it may be replaced, only if it is undamaged."""
+    return not job.overwrite or stores.is_whole(place)
 
 
 def _run_place(job: Job, number: int) -> Path:
@@ -344,7 +350,7 @@ def _fit_all(
 ) -> xr.Dataset:
     place, shared = job.output / "fit.zarr", fit_made_of(job, models)
     parts = run_parts(job, models, [run.attrs["source_sha256"] for run in runs.values()])
-    if stores.is_up_to_date(place, {**shared, "runs": parts}):
+    if stores.is_up_to_date(place, {**shared, "runs": parts}) and _is_trusted(place, job):
         return stores.open_store(place)
     lazy = fit(dict(runs), models.designs, sample_masks=models.kept, **job.fit_options)
     with stage(console, "Fitting", "tasks", quiet=quiet) as progress:

@@ -385,6 +385,22 @@ def test_one_design_value_makes_exactly_that_run_again(data, tmp_path):
     assert contents(output) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("what", ["runs.zarr/run-2/bold/c/0/0/0/0", "fit.zarr/beta/c/1/0/0/0/0"])
+def test_overwriting_mends_what_is_damaged(data, tmp_path, what):
+    output = tmp_path / "output"
+    do(job_of(data, output))
+    expected = contents(output)
+    victim = output / what
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(cg.errors.DamagedStoreError):
+        cg.verify(output / what.split("/")[0])
+    do(job_of(data, output, contrasts={"b": "SSp"}, overwrite=True))
+    do(job_of(data, output, overwrite=True))
+    assert contents(output) == expected
+
+
 def test_a_new_contrast_makes_nothing_but_its_maps(data, tmp_path):
     output = tmp_path / "output"
     do(job_of(data, output))

@@ -14,7 +14,7 @@ elsewhere is sound in itself.
 """
 
 from chunkglm.store.places import check_free, exists, is_study
-from chunkglm.store.reading import made_of, open_run, open_store, open_study, verify
+from chunkglm.store.reading import is_whole, made_of, open_run, open_store, open_study, verify
 from chunkglm.store.saving import chunk_shapes, is_saved, part_hash, savable, save, save_runs
 from chunkglm.store.site import begun, differences, is_up_to_date
 from chunkglm.store.writing import StoreWriter, writing
@@ -29,6 +29,7 @@ __all__ = [
     "is_saved",
     "is_study",
     "is_up_to_date",
+    "is_whole",
     "made_of",
     "open_run",
     "open_store",

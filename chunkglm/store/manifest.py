@@ -46,7 +46,7 @@ def _entry(key: str, content: bytes) -> Entry:
     return Entry(len(content), int.from_bytes(content[-4:], "little"))
 
 
-def is_whole(key: str, content: bytes, entry: Entry) -> bool:
+def is_whole_file(key: str, content: bytes, entry: Entry) -> bool:
     """Whether a file is the one that the manifest was made of."""
     if _entry(key, content) != entry:
         return False

@@ -28,7 +28,7 @@ from chunkglm.store.manifest import (
     OWN_VARIABLES,
     chunk_key,
     compressors,
-    is_whole,
+    is_whole_file,
     make_seal,
 )
 from chunkglm.store.places import (
@@ -116,7 +116,7 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
 def _problem(key: str, content: bytes | None, entry: Entry) -> str | None:
     if content is None:
         return f"{key} is missing"
-    return None if is_whole(key, content, entry) else f"{key} was altered or cut off"
+    return None if is_whole_file(key, content, entry) else f"{key} was altered or cut off"
 
 
 def _damaged(name: str, problems: list[str]) -> DamagedStoreError:
@@ -435,6 +435,24 @@ def verify(store: StoreLike) -> None:
             damage.append(str(error))
     if damage:
         raise DamagedStoreError("\n".join(damage))
+
+
+def is_whole(store: StoreLike) -> bool:
+    """Whether a store is complete, and every file of it as it was written; all of it is read.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Returns
+    -------
+    bool
+    """
+    try:
+        verify(store)
+    except (StoreError, SourceNotFoundError):
+        return False
+    return True
 
 
 def _verify(name: str) -> None:
