@@ -421,8 +421,11 @@ class RunReader:
             raise self._cut_off(start + done // self.header.volume_bytes, None)
 
     def read_so_far(self) -> str:
-        """Hash of the bytes of the file up to where it was read."""
-        return self._raw.sha256.copy().hexdigest()
+        """How many bytes of the file were read, and their hash: ``size:sha256``.
+
+        After the same volume it depends on how far a decompressor reads ahead.
+        """
+        return f"{self._raw.size}:{self._raw.sha256.copy().hexdigest()}"
 
     def finish(self) -> None:
         """Read to the end: a gzip stream has its checksum behind the data, and the hash is of the whole file.

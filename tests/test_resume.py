@@ -274,6 +274,20 @@ def test_what_was_begun_from_something_else_is_not_continued(data, tmp_path):
     assert contents(place) == contents(tmp_path / "whole")
 
 
+def test_another_decompressor_goes_on(data, tmp_path, monkeypatch):
+    """Which reads ahead in other steps, as where the extra ``fast`` is not installed."""
+    from chunkglm import nifti
+
+    pytest.importorskip("isal")
+    cg.convert(data / "run1.nii.gz", tmp_path / "whole", smoothing_fwhm=5)
+    with pytest.raises(KeyboardInterrupt):
+        cg.convert(data / "run1.nii.gz", tmp_path / "run-1", smoothing_fwhm=5, progress=Stop(32))
+    monkeypatch.setattr(nifti, "_gzip_file", lambda: gzip.GzipFile)
+    monkeypatch.setattr(nifti, "PIECE", 2**12)
+    cg.convert(data / "run1.nii.gz", tmp_path / "run-1", smoothing_fwhm=5)
+    assert contents(tmp_path / "run-1") == contents(tmp_path / "whole")
+
+
 def test_a_source_that_was_copied_to_another_place_is_the_same(data, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cg.convert(data / "run1.nii.gz", tmp_path / "run-1", progress=Stop(32))
