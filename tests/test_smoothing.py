@@ -103,7 +103,9 @@ def test_smoothing_is_written_down(tmp_path):
     mask = write(tmp_path / "run.nii", data, ISOTROPIC, "int16", slope=2.0)
     run, _ = smoothed(tmp_path / "run.nii", tmp_path, mask, 5)
     assert run.attrs["smoothing_fwhm"] == 5.0
-    assert run.attrs["processing"] == ["smoothed by a Gaussian of 5 mm full width at half maximum, in the mask"]
+    assert run.attrs["processing"] == [
+        "smoothed by a Gaussian of 5 mm full width at half maximum, in the mask"
+    ]
     assert not {"scale_factor", "add_offset"} & {*run["bold"].attrs, *run["bold"].encoding}
     plain = convert(tmp_path / "run.nii", tmp_path / "plain.zarr", mask=mask)
     assert plain.attrs["processing"] == []
