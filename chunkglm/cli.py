@@ -164,6 +164,31 @@ _precision_weighted = click.option(
 )
 
 
+_job_options = _options(
+    _design,
+    _contrasts,
+    _mask,
+    _column_names,
+    _t_r,
+    _smoothing,
+    _model,
+    _precision_weighted,
+    _threshold(3.0),
+    _cut_coords,
+    _memory,
+    _n_threads,
+    click.option(
+        "--report/--no-report",
+        "report",
+        default=True,
+        help="Draw pictures and the report, or leave it to a later chunkglm report.",
+    ),
+    _overwrite,
+    _json,
+)
+"""Options of a whole job, which is done or only examined."""
+
+
 def _scaling(text: str) -> Any:
     return None if text == "none" else text
 
@@ -554,30 +579,11 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
-@_design
-@_contrasts
+@_job_options
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="Folder for the results.")
-@_mask
-@_column_names
-@_t_r
-@_smoothing
-@_model
-@_precision_weighted
-@_threshold(3.0)
-@_cut_coords
-@_memory
-@_n_threads
-@click.option(
-    "--report/--no-report",
-    "report",
-    default=True,
-    help="Draw pictures and the report, or leave it to a later chunkglm report.",
-)
 @click.option(
     "--dry-run", is_flag=True, help="Compute nothing: say what is up to date, what would be made, and why."
 )
-@_overwrite
-@_json
 def run(
     contrasts: tuple[str, ...],
     column_names: str | None,
@@ -636,23 +642,13 @@ def _print_rows(rows: list[dict[str, str]], headings: tuple[str, ...], *, as_jso
 
 @cli.command()
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=EXISTING)
-@_design
-@_contrasts
+@_job_options
 @click.option(
     "--output",
     default=Path(),
     type=click.Path(path_type=Path),
     help="Folder that the results would have, for the space there.",
 )
-@_mask
-@_column_names
-@_t_r
-@_smoothing
-@_model
-@_cut_coords
-@_memory
-@_n_threads
-@_json
 def check(
     contrasts: tuple[str, ...],
     column_names: str | None,

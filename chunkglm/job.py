@@ -204,7 +204,8 @@ def _is_there(job: Job, previous: dict[str, Any]) -> bool:
 def _check_output(job: Job, previous: dict[str, Any] | None, key: str | None) -> None:
     if job.overwrite:
         return
-    if previous is not None and key not in {previous.get("key"), previous.get("begun")}:
+    known_keys = {(previous or {}).get(name) for name in ("key", "begun")} - {None}
+    if previous is not None and key not in known_keys:
         what = "the result" if previous.get("key") else "the beginning"
         raise StoreExistsError(
             f"{job.output} holds {what} of another job (other data, designs, contrasts or options). Choose another "

@@ -610,6 +610,15 @@ def test_verbs__missing_store_is_one_paragraph(verb, tmp_path, capsys):
     assert "none" in fails(capsys, verb, tmp_path / "none.zarr", *more)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"key": null}'])
+def test_run__a_record_that_says_nothing_is_no_licence(content, data, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "provenance.json").write_text(content)
+    message = fails(capsys, *job(data), "--output", tmp_path / "results")
+    assert "another job" in message
+    assert (tmp_path / "results" / "provenance.json").read_text() == content
+
+
 def test_convert__refuses_what_exists(data, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").write_text("precious")

@@ -275,6 +275,14 @@ def test_several_gzip_streams_are_no_cut_off_file(data):
     assert told(data, "error") == []
 
 
+def test_check__takes_every_option_of_a_job():
+    """So that a command can be examined as it stands."""
+    from chunkglm.cli import cli
+
+    names = {verb: {one.name for one in cli.commands[verb].params} for verb in ("run", "check")}
+    assert names["run"] - names["check"] == {"dry_run"}
+
+
 def test_check__on_the_command_line(data, capsys):
     words = ["check", *map(str, sorted(data.glob("run*.nii.gz")))]
     for n in (1, 2):
