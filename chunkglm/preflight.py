@@ -157,7 +157,8 @@ def examine(job: Job) -> Examination:
     described = _examine_runs(job, found)
     designs = _examine_designs(job, described, found)
     _compare_runs(job, described, found)
-    if len(designs) < len(job.runs):
+    if len(designs) < len(job.runs) or len(job.sample_masks) not in {0, len(designs)}:
+        # Which belongs to which is not known.
         return Examination(found, None)
     kept: dict[str, np.ndarray[Any, Any]] = {}
     with found.errors_of("sample masks"):

@@ -296,6 +296,14 @@ def wrong_inputs(data, folder):
         "two of a name": (lambda: {"contrast": ["a=DSt", "a=SSt"]}, ["'a'"]),
         "noise model": (lambda: {"noise-model": "arma"}, ["arma", "ar2"]),
         "sample masks": (lambda: {"sample-mask": one}, ["1 sample masks", "once for each run"]),
+        "one sample mask": (
+            lambda: {"sample-mask": text(folder / "kept.txt", "1\n" * 66)},
+            ["There are 2 runs and 1 sample masks"],
+        ),
+        "too many designs": (
+            lambda: {"design": [one, two, two], "sample-mask": ["all", "all"]},
+            ["There are 2 runs and 3 designs"],
+        ),
         "memory": (lambda: {"memory": "1MiB"}, ["memory", "1.0 MiB"]),
         "no amount of memory": (lambda: {"memory": "lots"}, ["lots"]),
         "negative smoothing": (lambda: {"smoothing-fwhm": "-5"}, ["-5"]),
@@ -325,7 +333,7 @@ WRONG = [
     "mask of several volumes", "no such mask", "gzip bomb as mask", "rows and volumes", "one design", "no such design",
     "a word in a design", "a gap in a design", "twice the same name", "10^6 columns", "pickled design", "zip bomb as design", "no names",
     "unknown regressor", "constant", "product", "a program", "deep brackets", "a path as name", "a script as name", "too many weights",
-    "two of a name", "noise model", "sample masks", "memory", "no amount of memory", "negative smoothing", "cuts outside",
+    "two of a name", "noise model", "sample masks", "one sample mask", "too many designs", "memory", "no amount of memory", "negative smoothing", "cuts outside",
 ]  # fmt: skip
 
 
