@@ -21,8 +21,18 @@ if TYPE_CHECKING:
 SAME_GRID = 0.01
 """Grids whose corners lie closer than this part of a voxel are the same grid."""
 
+ROUNDED_TO = 1e-4
+"""Coordinates in mm are rounded to this, so that equal grids align."""
+
 SMALLEST_IN_MM = 0.01
 """Voxels smaller than this (mm) have coordinates in voxels: those in mm are rounded to 1e-4."""
+
+
+_TWO_LABELS = (
+    "Voxels have two labels ({} for {} voxels): xarray joined arrays whose labels differ by rounding. Give the second the "
+    "labels of the first beforehand, second.assign_coords(first.mask.coords), or say join='override' to xr.concat and "
+    "xr.merge."
+)
 
 
 class Grid(NamedTuple):
@@ -47,12 +57,16 @@ def grid_coords(affine: Array, shape: Sequence[int], header: bytes) -> dict[Hash
     Returns
     -------
     dict
-        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal, else voxel numbers;
-        ``units`` says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and
+        ``x``, ``y``, ``z`` (millimetres rounded to 1e-4 where the affine is diagonal to that precision, else voxel
+        numbers; ``units`` says which) and the scalar ``grid`` with the attributes ``affine`` (16 numbers, row by row) and
         ``header`` (base64).
     """
-    aligned = np.count_nonzero(affine[:3, :3] - np.diag(np.diag(affine[:3, :3]))) == 0
-    aligned = aligned and bool(voxel_sizes(affine).min() >= SMALLEST_IN_MM)
+    # Of two headers of one grid, one may hold 0 and the other 1e-9: they need the same labels, or xarray would match
+    # the millimetres of one with the voxel numbers of the other.
+    off_axis = np.abs(affine[:3, :3] - np.diag(np.diag(affine[:3, :3]))) @ np.asarray(
+        shape[::-1], dtype=np.float64
+    )
+    aligned = bool(off_axis.max() < ROUNDED_TO / 2 and voxel_sizes(affine).min() >= SMALLEST_IN_MM)
     coords: dict[Hashable, xr.Variable] = {}
     for axis, (dim, length) in enumerate(zip(SPACE[::-1], tuple(shape)[::-1], strict=True)):
         numbers = np.arange(length, dtype=np.float64)
@@ -76,7 +90,8 @@ def source_affine(obj: xr.Dataset | xr.DataArray) -> NDArray[np.float64]:
     if values is None or np.size(values) != 16:
         raise InputError(
             "The data has no voxel grid: the scalar coordinate 'grid' with its attribute 'affine' is missing. Data "
-            "opened by chunkglm has it; give it back with data.assign_coords(grid=run.grid)."
+            "opened by chunkglm has it; give it back with data.assign_coords(grid=run.grid), or, where x, y and z "
+            "lost their attributes too, with data.assign_coords(run.mask.coords)."
         )
     return np.asarray(values, dtype=np.float64).reshape(4, 4)
 
@@ -108,21 +123,59 @@ def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axi
     if coordinate is None or coordinate.attrs.get("units") not in {"mm", "voxel"}:
         raise InputError(
             f"The data has no coordinate {dim!r} with the units 'mm' or 'voxel', so its place in the grid is not "
-            "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting)."
+            "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting), or give them "
+            "back with data.assign_coords(run.mask.coords)."
         )
     values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
     if coordinate.attrs["units"] == "mm":
         values = (values - affine[axis, 3]) / affine[axis, axis]
     numbers = np.rint(values)
-    even = values.size > 0 and coordinate.dims in {(), (dim,)}
-    even = even and bool(np.isfinite(values).all() and np.abs(values - numbers).max() <= 0.05)
-    steps = np.unique(np.diff(numbers)) if even else np.zeros(2)
+    known = values.size > 0 and coordinate.dims in {(), (dim,)} and bool(np.isfinite(values).all())
+    on_voxels = known and np.abs(values - numbers).max() <= 0.05
+    steps = np.unique(np.diff(numbers)) if on_voxels else np.zeros(2)
     if steps.size > 1 or 0 in steps:
         raise InputError(
             f"The voxels along {dim!r} are not evenly spaced voxels of the source grid, so no affine describes "
-            "them. Select with a slice, or export before selecting."
+            f"them. {_why_uneven(dim, np.atleast_1d(coordinate.values), numbers, known=known, on_voxels=on_voxels)}"
         )
     return int(numbers[0]), int(steps[0]) if steps.size else 1
+
+
+def _why_uneven(dim: str, labels: Array, numbers: Array, *, known: bool, on_voxels: bool) -> str:
+    """What may have happened to the coordinate ``dim``, and how to mend it."""
+    if known and not on_voxels:
+        return (
+            f"Some of {dim} lie between them, as after coarsen or interp. Export before averaging or interpolating "
+            "along space; nilearn.image.resample_img makes other grids."
+        )
+    labels, voxels = np.unique(labels), np.unique(numbers)
+    if known and voxels.size < labels.size:
+        return _TWO_LABELS.format(labels.size, voxels.size)
+    return "Select with a slice, or export before selecting."
+
+
+def check_no_voxel_twice(obj: xr.Dataset | xr.DataArray, what: str) -> None:
+    """Refuse data in which xarray gave one voxel two labels, by an outer join of grids that differ by rounding.
+
+    Raises
+    ------
+    GridMismatchError
+    """
+    if "grid" not in obj.coords:
+        return
+    affine = source_affine(obj)
+    for axis, dim in enumerate(SPACE[::-1]):
+        labels = obj.coords.get(dim)
+        if labels is None or labels.dims != (dim,) or labels.attrs.get("units") not in {"mm", "voxel"}:
+            continue
+        values = labels.values.astype(np.float64)
+        if labels.attrs["units"] == "mm":
+            values = (values - affine[axis, 3]) / affine[axis, axis]
+        numbers = np.rint(values)
+        if np.unique(numbers).size < np.unique(values).size and np.abs(values - numbers).max() <= 0.05:
+            raise GridMismatchError(
+                f"{what} along {dim!r}: {_TWO_LABELS.format(values.size, np.unique(numbers).size)}"
+            )
 
 
 def grid_of(obj: xr.Dataset | xr.DataArray) -> Grid:
@@ -145,6 +198,20 @@ def with_space(array: xr.DataArray) -> xr.DataArray:
     return array
 
 
+def corners_apart(one: Grid, other: Grid) -> float:
+    """Largest distance in millimetres between equal corners of two grids of one shape."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in other.shape[::-1]], [1], indexing="ij"))
+    apart = ((one.affine - other.affine) @ corners.reshape(4, -1))[:3]
+    return float(np.linalg.norm(apart, axis=0).max())
+
+
+def same_grid(one: Grid, other: Grid) -> bool:
+    """Whether two grids differ by no more than rounding: their corners by less than 1 % of a voxel."""
+    return (
+        one.shape == other.shape and corners_apart(one, other) <= SAME_GRID * voxel_sizes(other.affine).min()
+    )
+
+
 def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str) -> None:
     """Refuse two grids that differ by more than rounding.
 
@@ -159,9 +226,8 @@ def check_same_grid(got: Grid, expected: Grid, got_name: str, expected_name: str
             "They must lie on the same grid: resample one to the other first (for example with "
             "nilearn.image.resample_to_img)."
         )
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in expected.shape[::-1]], [1], indexing="ij"))
-    apart = np.linalg.norm(((got.affine - expected.affine) @ corners.reshape(4, -1))[:3], axis=0).max()
-    if apart > SAME_GRID * voxel_sizes(expected.affine).min():
+    if not same_grid(got, expected):
+        apart = corners_apart(got, expected)
         raise GridMismatchError(
             f"{got_name} and {expected_name} have the same shape, but their voxels lie up to {apart:.3g} mm apart "
             f"(affines {np.round(got.affine, 3).tolist()} and {np.round(expected.affine, 3).tolist()}). Resample "

@@ -274,7 +274,7 @@ class _Hashing(io.RawIOBase):
 
     def __init__(self, raw: IO[bytes]) -> None:
         self._raw = raw
-        self._state = _state_of(raw)
+        self.state = state_of(raw)
         self.sha256 = hashlib.sha256()
         self.size = 0
 
@@ -294,7 +294,7 @@ class _Hashing(io.RawIOBase):
 
     def has_changed(self) -> bool:
         """Whether the file was written to since it was opened."""
-        return _state_of(self._raw) != self._state
+        return state_of(self._raw) != self.state
 
     def drain(self) -> None:
         """Read what is left, for the hash."""
@@ -420,6 +420,11 @@ class RunReader:
         if done < len(view):
             raise self._cut_off(start + done // self.header.volume_bytes, None)
 
+    @property
+    def state(self) -> tuple[int, int] | None:
+        """Size of the file and when it was last written to, as it was opened."""
+        return self._raw.state
+
     def read_so_far(self) -> str:
         """How many bytes of the file were read, and their hash: ``size:sha256``.
 
@@ -458,17 +463,7 @@ class RunReader:
             )
 
     def _cut_off(self, volumes: int, error: BaseException | None) -> NiftiError | SourceReadError:
-        if isinstance(error, OSError) and error.errno is not None:
-            # The system's own words, not those of a decompressor.
-            return SourceReadError(
-                f"{self.name} could not be read beyond volume {volumes}: {error}. Make it available again, and run the same "
-                "command again to go on."
-            )
-        reason = f" ({error})" if error else ""
-        return NiftiError(
-            f"{self.name} is cut off or damaged: its header promises {self.shape[0]} volumes, and it ends after "
-            f"{volumes}{reason}. Copy or download it again."
-        )
+        return cut_off(self.name, self.header, volumes, error)
 
     @property
     def sha256(self) -> str:
@@ -479,6 +474,23 @@ class RunReader:
     def size(self) -> int:
         """Bytes of the file, once all blocks were read."""
         return self._raw.size
+
+
+def cut_off(
+    name: str, header: Header, volumes: int, error: BaseException | None
+) -> NiftiError | SourceReadError:
+    """Make the error for a file that could be read up to volume ``volumes`` only, because of ``error`` or its end."""
+    if isinstance(error, OSError) and error.errno is not None:
+        # The system's own words, not those of a decompressor.
+        return SourceReadError(
+            f"{name} could not be read beyond volume {volumes}: {error}. Make it available again, and run the same "
+            "command again to go on."
+        )
+    reason = f" ({error})" if error else ""
+    return NiftiError(
+        f"{name} is cut off or damaged: its header promises {header.n_volumes} volumes, and it ends after "
+        f"{volumes}{reason}. Copy or download it again."
+    )
 
 
 class _MemoryReader(RunReader):
@@ -600,6 +612,67 @@ def _open_file(name: str) -> Iterator[RunReader]:
         raw.close()
 
 
+class Location(NamedTuple):
+    """Where the values of an image lie.
+
+    Attributes
+    ----------
+    name : str
+        Path of the file with the values.
+    header : Header
+        What says how they lie in it.
+    shape : tuple of int
+        ``(time, z, y, x)``.
+    state : tuple of int
+        Size of the file and when it was last written to, as it was looked at.
+    """
+
+    name: str
+    header: Header
+    shape: tuple[int, int, int, int]
+    state: tuple[int, int] | None
+
+    @property
+    def compressed(self) -> bool:
+        """Whether the file is a gzip file."""
+        return self.name.lower().endswith(".gz")
+
+    def open(self) -> IO[bytes]:
+        """Open the file; raises NiftiError if it is not what was located, SourceNotFoundError if it is gone."""
+        file = _open_binary(self.name)
+        try:
+            self.check(file)
+        except NiftiError:
+            file.close()
+            raise
+        return file
+
+    def check(self, file: IO[bytes]) -> None:
+        """Refuse an open file that was written to, or is another one by now."""
+        if state_of(file) != self.state:
+            raise NiftiError(
+                f"{self.name} changed since it was opened, so what is read of it is not what its header was read for. "
+                "Wait until nothing writes to it, and open it again."
+            )
+
+
+def locate(source: str) -> Location:
+    """Find the values of an image, reading only its header.
+
+    Parameters
+    ----------
+    source : str
+        Path of ``.nii``, ``.nii.gz`` or either file of a ``.hdr``/``.img`` pair.
+
+    Raises
+    ------
+    SourceNotFoundError, NiftiError
+        If there is no such file, it is not a NIfTI image of a real type, or it is too short for what its header promises.
+    """
+    with _open_file(source) as reader:
+        return Location(_pair_names(source)[1], reader.header, reader.shape, reader.state)
+
+
 def _check_length(header: Header, length: int | None, name: str, *, compressed: bool) -> None:
     """Refuse a file that is too short for what its header promises, before anything is made of it."""
     volumes = header.n_volumes
@@ -613,7 +686,7 @@ def _check_length(header: Header, length: int | None, name: str, *, compressed: 
     )
 
 
-def _state_of(file: Any) -> tuple[int, int] | None:
+def state_of(file: Any) -> tuple[int, int] | None:
     """Size of an open file and when it was last written to, where that is known."""
     try:
         status = os.fstat(file.fileno())
@@ -788,7 +861,7 @@ def _read_volume(
                 f"{reader.name} has the shape {header.shape}; {what} is a 3-D image. Give one volume."
             )
         ((_, block),) = reader.blocks(1)
-        values = block[0] * header.slope + header.intercept if header.scaled else block[0].copy()
+        values = block[0] * np.float64(header.slope) + header.intercept if header.scaled else block[0].copy()
         coords = grid_coords(header.affine, reader.shape[1:], header.raw)
         return xr.DataArray(values, dims=SPACE, coords=coords, name=reader.name)
 
@@ -958,9 +1031,11 @@ def _with_space_last(array: xr.DataArray) -> xr.DataArray:
     array = with_space(array)
     other = [dim for dim in array.dims if dim not in SPACE]
     if set(SPACE) - set(array.dims) or len(other) > 4 or 0 in array.shape:
+        # Arithmetic between grids of other labels leaves nothing, and says nothing.
+        empty = " xarray keeps only labels that all arrays have in common: compare their x, y and z."
         raise InputError(
             f"An array with dims {dict(array.sizes)} cannot be written as NIfTI: it needs z, y and x, at most four "
-            "others, and at least one value."
+            f"others, and at least one value.{empty if 0 in array.shape else ''}"
         )
     return array.transpose(*other, *SPACE)
 
@@ -1107,7 +1182,13 @@ def _change_fields(header: Any, array: xr.DataArray, packing: Packing, source: H
     header.set_data_dtype(packing.dtype)
     header["scl_slope"], header["scl_inter"] = packing.slope, packing.intercept
     forgotten = []
-    if not _is_signal(array) or source is None or source.shape[2] != shape[2]:
+    # Which slice was acquired when is not known of other slices, or of these in reverse.
+    slices_kept = (
+        source is not None
+        and source.shape[2] == shape[2]
+        and np.array_equal(source.affine[:, 2], affine[:, 2])
+    )
+    if not _is_signal(array) or not slices_kept:
         forgotten += ["slice_code", "slice_start", "slice_end", "slice_duration"]
     if not _is_signal(array):
         forgotten += ["cal_max", "cal_min", "intent_code", "intent_p1", "intent_p2", "intent_p3"]
