@@ -39,6 +39,7 @@ from chunkglm.report.cuts import millimetres
 from chunkglm.report.pictures import KINDS
 from chunkglm.request import Job, names_for, sample_mask_of
 from chunkglm.stale import products
+from chunkglm.trees import datasets_of, runs_by_fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -210,10 +211,12 @@ def _open_runs(paths: tuple[str, ...]) -> dict[str, xr.Dataset]:
     runs: dict[str, xr.Dataset] = {}
     for path in paths:
         if stores.is_study(path):
-            found = {
-                name.removeprefix("run-"): child.to_dataset()
-                for name, child in stores.open_study(path).children.items()
-            }
+            groups = runs_by_fit(stores.open_study(path))
+            if len(groups) > 1:
+                raise InputError(
+                    f"{path} holds runs of {', '.join(groups)}, which are not fitted together. Give the runs of one of them."
+                )
+            found = {label: run for label, (_, run) in next(iter(groups.values())).items()}
         else:
             found = {Path(path).name.removeprefix("run-").removesuffix(".zarr"): stores.open_run(path)}
         if doubled := set(found) & set(runs):
@@ -337,9 +340,7 @@ def info(store: str, *, as_json: bool) -> None:
     Example: chunkglm info study.zarr/run-1
     """
     if stores.is_study(store):
-        described = {
-            name: _describe(child.to_dataset()) for name, child in stores.open_study(store).children.items()
-        }
+        described = {path: _describe(ds) for path, ds in datasets_of(stores.open_study(store)).items()}
     else:
         described = {Path(store).name: _describe(stores.open_store(store))}
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import xarray as xr
@@ -22,6 +22,7 @@ from chunkglm.kernels.combine import f_statistic
 from chunkglm.kernels.glm import contrast_covariances, effective_dofs, whitener
 from chunkglm.kernels.uncertainty import Frequencies, make_frequencies
 from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical_json, require, text_labels
+from chunkglm.trees import map_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,15 +39,26 @@ LEAST_VARIANCE = 1e-50
 """Variances below this count as this in the reference's statistic (nilearn 0.14.1)."""
 
 
+@overload
 def contrast(
-    fit: xr.Dataset, definition: Definition | Mapping[str, Definition], *, stat_type: str | None = None
-) -> xr.Dataset:
+    fit: xr.Dataset, definition: Definition | Mapping[str, Definition], *, stat_type: str | None = ...
+) -> xr.Dataset: ...
+@overload
+def contrast(
+    fit: xr.DataTree, definition: Definition | Mapping[str, Definition], *, stat_type: str | None = ...
+) -> xr.DataTree: ...
+def contrast(
+    fit: xr.Dataset | xr.DataTree,
+    definition: Definition | Mapping[str, Definition],
+    *,
+    stat_type: str | None = None,
+) -> xr.Dataset | xr.DataTree:
     """Test linear combinations of the regressors in every run, lazily.
 
     Parameters
     ----------
-    fit : Dataset
-        From :func:`chunkglm.fit`, or saved and opened again; or some runs or voxels of it.
+    fit : Dataset or DataTree
+        From :func:`chunkglm.fit`, or saved and opened again; or some runs or voxels of it. Or a tree of fits.
     definition : str, vector, matrix, sequence of str, or mapping of names to any of these
         For a t contrast a linear expression over regressors such as ``"face - house"`` or ``"0.5*a + 0.5*b - c"`` (names
         that are no plain words in backticks), or weights in the order of the regressors; a vector that is too
@@ -59,11 +71,11 @@ def contrast(
 
     Returns
     -------
-    Dataset
-        ``effect``, ``variance``, ``stat``, ``p_value``, ``z_score`` with dims ``(run, z, y, x)`` and ``dof (run)``, float64;
-        where coefficients of the noise are estimated, ``dof (run, z, y, x)``. Of F contrasts, ``effect
-        (run, row, ...)`` and ``covariance (run, row, row_, ...)`` in place of ``variance``, and ``n_rows``; contrasts of
-        fewer rows are filled up with NaN. ``p_value`` is one-sided (right tail). A run that lacks a
+    Dataset or DataTree
+        For a tree, a tree of what follows. ``effect``, ``variance``, ``stat``, ``p_value``, ``z_score`` with dims
+        ``(run, z, y, x)`` and ``dof (run)``, float64; where coefficients of the noise are estimated, ``dof (run, z, y, x)``.
+        Of F contrasts, ``effect (run, row, ...)`` and ``covariance (run, row, row_, ...)`` in place of ``variance``, and
+        ``n_rows``; contrasts of fewer rows are filled up with NaN. ``p_value`` is one-sided (right tail). A run that lacks a
         regressor of the contrast, or whose design cannot estimate it, is NaN, and named in a warning.
         ``weights (regressor)`` or ``(row, regressor)`` are those of the contrast.
 
@@ -85,6 +97,8 @@ def contrast(
     """
     if stat_type not in (None, "t", "F"):
         raise InputError(f"There is no stat_type {stat_type!r}; accepted are 't' and 'F'.")
+    if isinstance(fit, xr.DataTree):
+        return map_nodes(lambda one: contrast(one, definition, stat_type=stat_type), fit)
     parts = _take_apart(fit)
     if not isinstance(definition, Mapping):
         (ds,) = _contrasts(parts, [_test(definition, parts, None, stat_type)])

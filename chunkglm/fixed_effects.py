@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import xarray as xr
@@ -12,8 +12,10 @@ import xarray as xr
 from chunkglm.blocks import map_rows, stack
 from chunkglm.contrasts import add_statistics, filled_up
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
-from chunkglm.kernels.combine import combine_rows, combine_runs
+from chunkglm.grids import check_no_voxel_twice
+from chunkglm.kernels.combine import combine_others, combine_rows, combine_rows_of_others, combine_runs
 from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
+from chunkglm.trees import map_nodes
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -26,15 +28,26 @@ COMBINED = ("effect", "variance", "dof")
 ROWS = {"effect": ("row",), "covariance": ("row", "row_")}
 """Dims of F contrasts besides those of t contrasts."""
 
+LEFT_OUT = "left_out"
+"""Dim of the maps without each run in turn."""
 
+
+@overload
 def fixed_effects(
-    contrasts: xr.Dataset, *, dim: Hashable = "run", precision_weighted: bool = False
-) -> xr.Dataset:
+    contrasts: xr.Dataset, *, dim: Hashable = ..., precision_weighted: bool = ...
+) -> xr.Dataset: ...
+@overload
+def fixed_effects(
+    contrasts: xr.DataTree, *, dim: Hashable = ..., precision_weighted: bool = ...
+) -> xr.DataTree: ...
+def fixed_effects(
+    contrasts: xr.Dataset | xr.DataTree, *, dim: Hashable = "run", precision_weighted: bool = False
+) -> xr.Dataset | xr.DataTree:
     """Combine the same contrast of several runs.
 
     Parameters
     ----------
-    contrasts : Dataset
+    contrasts : Dataset, or DataTree of them
         ``effect``, ``variance`` and ``dof`` over ``dim``, from :func:`chunkglm.contrast` or any other origin and
         with any further dims. ``dof`` may vary between voxels. Or an F contrast: ``effect`` with a dim ``row``, and
         ``covariance`` with ``row`` and ``row_`` in place of ``variance``.
@@ -46,7 +59,7 @@ def fixed_effects(
 
     Returns
     -------
-    Dataset
+    Dataset, or DataTree of them for a tree
         ``effect``, ``variance``, ``dof``, ``stat``, ``p_value``, ``z_score`` and ``n_runs`` (runs that were
         combined) without ``dim``, lazy and float64. A run that is NaN at a voxel is left out there, so ``dof``
         and ``n_runs`` have the voxel dims too; no run left gives NaN. Of F contrasts ``covariance`` in place of
@@ -67,9 +80,77 @@ def fixed_effects(
     ``V = (sum V_r^-1)^-1`` and ``effect = V sum(V_r^-1 effect_r)``; ``F = effect' V^-1 effect / q``. Degrees of freedom add
     up. The attribute ``compat`` of the contrasts is followed.
     """
+    if isinstance(contrasts, xr.DataTree):
+        combine = partial(fixed_effects, dim=dim, precision_weighted=precision_weighted)
+        return map_nodes(combine, contrasts)
+    _check(contrasts, dim, precision_weighted=precision_weighted)
+    return _fixed(contrasts, dim, precision_weighted=precision_weighted, each_left_out=False)
+
+
+@overload
+def leave_one_out(
+    contrasts: xr.Dataset, *, dim: Hashable = ..., precision_weighted: bool = ...
+) -> xr.Dataset: ...
+@overload
+def leave_one_out(
+    contrasts: xr.DataTree, *, dim: Hashable = ..., precision_weighted: bool = ...
+) -> xr.DataTree: ...
+def leave_one_out(
+    contrasts: xr.Dataset | xr.DataTree, *, dim: Hashable = "run", precision_weighted: bool = False
+) -> xr.Dataset | xr.DataTree:
+    """Combine the same contrast of all runs but one, for each run that can be left out.
+
+    Parameters
+    ----------
+    contrasts : Dataset, or DataTree of them
+        As :func:`fixed_effects` takes them, of two runs or more.
+    dim : hashable
+        Dimension to combine over.
+    precision_weighted : bool
+        See :func:`fixed_effects`.
+
+    Returns
+    -------
+    Dataset, or DataTree of them for a tree
+        The variables of :func:`fixed_effects`, lazy and float64, with the dim ``left_out`` in front in place of ``dim``,
+        such as ``effect (left_out, z, y, x)``. Its labels are those of the runs, and say which one is left out. Without a
+        run that lacks the contrast, or is NaN at a voxel, the rest is all there is; without the only run that has it,
+        all is NaN and ``n_runs`` is 0. The attribute ``combined`` names the runs that have the contrast: each is in all
+        maps but its own.
+
+    Raises
+    ------
+    InputError
+        If there are fewer than two runs, a variable or a dim is missing, or F contrasts of the reference are to be weighted
+        by precision.
+    ContrastError
+        If no run has the contrast.
+
+    Notes
+    -----
+    The formulas of :func:`fixed_effects`, with sums over the runs ``s != r`` (the omission of Cook 1977, Technometrics
+    19:15-18, of a run in place of an observation): with n other runs, ``effect = sum(effect_s) / n`` and ``variance =
+    sum(variance_s) / n**2``; weighted by precision, ``variance = 1 / sum(1 / variance_s)`` and ``effect = variance *
+    sum(effect_s / variance_s)``. Each sum is that of the runs before plus that of the runs behind; nothing is subtracted,
+    which would cost digits. A block of the data is read once, whatever the number of runs.
+    """
+    if isinstance(contrasts, xr.DataTree):
+        combine = partial(leave_one_out, dim=dim, precision_weighted=precision_weighted)
+        return map_nodes(combine, contrasts)
+    _check(contrasts, dim, precision_weighted=precision_weighted)
+    if contrasts.sizes[dim] < 2:
+        raise InputError(
+            f"Leaving one out needs two runs or more over {dim!r}, and there is {contrasts.sizes[dim]}. Combine several "
+            "runs with xarray.concat first, or take the contrast of the one as it is."
+        )
+    return _fixed(contrasts, dim, precision_weighted=precision_weighted, each_left_out=True)
+
+
+def _check(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool) -> None:
+    """Refuse what cannot be combined."""
+    check_no_voxel_twice(contrasts, "The runs cannot be combined")
     of_rows = "covariance" in contrasts
-    by_reference = contrasts.attrs.get("compat") == "nilearn"
-    if of_rows and by_reference and precision_weighted:
+    if of_rows and contrasts.attrs.get("compat") == "nilearn" and precision_weighted:
         raise InputError(
             "F contrasts cannot be weighted by precision with compat='nilearn', as nilearn cannot do it. Leave "
             "precision_weighted out, or fit without compat."
@@ -88,6 +169,12 @@ def fixed_effects(
                 f"Fixed effects are over {dim!r}, but {name!r} has only the dims {contrasts[name].dims}. Give dim=, or "
                 "combine several runs with xarray.concat first."
             )
+
+
+def _fixed(
+    contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, each_left_out: bool
+) -> xr.Dataset:
+    """Combine all runs, or all but each."""
     labels = [str(label) for label in contrasts[dim].to_numpy()]
     lacks = _lacks(contrasts, dim)
     _report(
@@ -95,15 +182,16 @@ def fixed_effects(
     )
     attrs = {
         **contrasts.attrs,
-        "kind": "fixed_effects",
+        "kind": "leave_one_out" if each_left_out else "fixed_effects",
         "format_version": FORMAT_VERSION,
         "precision_weighted": int(precision_weighted),
         "combined": [label for label, one in zip(labels, lacks, strict=True) if not one.all()],
     }
-    if of_rows:
-        ds = _combine_rows(contrasts, dim, precision_weighted=precision_weighted)
-    else:
-        ds = _combine(contrasts, dim, precision_weighted=precision_weighted, by_reference=by_reference)
+    combine = _combine_rows if "covariance" in contrasts else _combine
+    ds = combine(contrasts, dim, precision_weighted=precision_weighted, each_left_out=each_left_out)
+    if each_left_out:
+        ds = ds.transpose(LEFT_OUT, ...).assign_coords({LEFT_OUT: contrasts[dim].to_numpy()})
+        ds[LEFT_OUT].attrs["long_name"] = f"{dim} that was left out"
     if "weights" in contrasts and dim not in contrasts["weights"].dims:
         ds["weights"] = contrasts["weights"]
     ds.attrs = attrs
@@ -111,19 +199,37 @@ def fixed_effects(
 
 
 def _combine(
-    contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, by_reference: bool
+    contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, each_left_out: bool
 ) -> xr.Dataset:
     """Of effects with variances."""
     arrays = _aligned(contrasts, dim)
-    combine = partial(combine_runs, precision_weighted=precision_weighted, reference_rules=by_reference)
-    rows = map_rows(combine, *(array.data for array in arrays), n_rows=4)
-    one = arrays[0].isel({dim: 0}, drop=True).drop_attrs(deep=False)
-    ds = xr.Dataset({name: one.copy(data=rows[row]) for row, name in enumerate((*COMBINED, "n_runs"))})
+    combine = partial(
+        combine_others if each_left_out else combine_runs,
+        precision_weighted=precision_weighted,
+        reference_rules=contrasts.attrs.get("compat") == "nilearn",
+    )
+    n_maps = contrasts.sizes[dim] if each_left_out else None
+    rows = map_rows(combine, *(array.data for array in arrays), n_rows=4 * (n_maps or 1))
+    one = arrays[0].isel({dim: 0}, drop=True)
+    dims = (*_leading(n_maps), *one.dims)
+    maps = {name: (dims, _row(rows, row, n_maps)) for row, name in enumerate((*COMBINED, "n_runs"))}
+    ds = xr.Dataset(maps, coords=one.coords)
     ds.attrs = contrasts.attrs
     return add_statistics(ds)
 
 
-def _combine_rows(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool) -> xr.Dataset:
+def _leading(n_maps: int | None) -> tuple[Hashable, ...]:
+    return () if n_maps is None else (LEFT_OUT,)
+
+
+def _row(rows: Any, number: int, n_maps: int | None) -> Any:
+    """One row of what a kernel makes: a map, or a map without each of the runs, which lie one behind the other."""
+    return rows[number] if n_maps is None else rows[number * n_maps : (number + 1) * n_maps]
+
+
+def _combine_rows(
+    contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, each_left_out: bool
+) -> xr.Dataset:
     """Of effects of several rows with covariances, contrast by contrast: they may have other numbers of rows."""
     if "contrast" in contrasts["effect"].dims:
         parts = [
@@ -131,6 +237,7 @@ def _combine_rows(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: b
                 contrasts.isel(contrast=[number]).squeeze("contrast"),
                 dim,
                 precision_weighted=precision_weighted,
+                each_left_out=each_left_out,
             )
             for number in range(contrasts.sizes["contrast"])
         ]
@@ -154,14 +261,24 @@ def _combine_rows(contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: b
         covariance.data.reshape(-1, *covariance.shape[3:]),
         dof.data.astype(np.float64),
     )
-    combine = partial(combine_rows, precision_weighted=precision_weighted)
-    rows = map_rows(combine, *arrays, n_rows=q + q * q + 2)
-    one = effect.isel({dim: 0}, drop=True).drop_attrs(deep=False)
-    ds = xr.Dataset({"effect": one.copy(data=rows[:q])})
-    covariances = stack([rows[q + row * q : q + (row + 1) * q] for row in range(q)])
-    ds["covariance"] = (("row", "row_", *rest), covariances)
-    ds["dof"], ds["n_runs"] = (rest, rows[-2]), (rest, rows[-1])
-    ds["n_rows"] = q
+    combine = partial(
+        combine_rows_of_others if each_left_out else combine_rows, precision_weighted=precision_weighted
+    )
+    n_maps = contrasts.sizes[dim] if each_left_out else None
+    rows = map_rows(combine, *arrays, n_rows=(q + q * q + 2) * (n_maps or 1))
+    each = [_row(rows, number, n_maps) for number in range(q + q * q + 2)]
+    dims = (*_leading(n_maps), *rest)
+    covariances = stack([stack(each[q + row * q : q + (row + 1) * q]) for row in range(q)])
+    ds = xr.Dataset(
+        {
+            "effect": (("row", *dims), stack(each[:q])),
+            "covariance": (("row", "row_", *dims), covariances),
+            "dof": (dims, each[-2]),
+            "n_runs": (dims, each[-1]),
+            "n_rows": q,
+        },
+        coords=effect.isel({dim: 0}, drop=True).coords,
+    )
     if "row_" in contrasts.coords:
         ds = ds.assign_coords(row_=contrasts["row_"].variable)
     ds.attrs = contrasts.attrs
@@ -208,5 +325,5 @@ def _report(missing: list[str], dim: Hashable, *, none: bool) -> None:
             "Left out of the fixed effects, because the contrast cannot be estimated there: "
             f"{dim} {', '.join(missing)}.",
             ChunkGLMWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

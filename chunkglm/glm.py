@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import numpy as np
 import pandas as pd
@@ -42,6 +43,7 @@ from chunkglm.schema import (
     require,
     text_labels,
 )
+from chunkglm.trees import by_path, named, runs_by_fit, tree_of
 
 if TYPE_CHECKING:
     import os
@@ -71,6 +73,28 @@ _NO_PERCENT = (
 )
 
 
+@overload
+def fit(
+    runs: xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset],
+    designs: Designs,
+    *,
+    noise_model: str = ...,
+    signal_scaling: Literal["voxel", "run"] | None = ...,
+    mask: ImageLike | xr.DataArray | None = ...,
+    sample_masks: SampleMasks | None = ...,
+    compat: Literal["nilearn"] | None = ...,
+) -> xr.Dataset: ...
+@overload
+def fit(
+    runs: xr.DataTree,
+    designs: Designs,
+    *,
+    noise_model: str = ...,
+    signal_scaling: Literal["voxel", "run"] | None = ...,
+    mask: ImageLike | xr.DataArray | None = ...,
+    sample_masks: SampleMasks | None = ...,
+    compat: Literal["nilearn"] | None = ...,
+) -> xr.Dataset | xr.DataTree: ...
 def fit(
     runs: Runs,
     designs: Designs,
@@ -80,7 +104,7 @@ def fit(
     mask: ImageLike | xr.DataArray | None = None,
     sample_masks: SampleMasks | None = None,
     compat: Literal["nilearn"] | None = None,
-) -> xr.Dataset:
+) -> xr.Dataset | xr.DataTree:
     """Fit a linear model to every voxel of every run, lazily.
 
     Parameters
@@ -88,10 +112,12 @@ def fit(
     runs : Dataset, sequence, mapping or DataTree
         Runs with ``bold (time, z, y, x)`` and ``mask (z, y, x)`` on one grid, as :func:`chunkglm.open_run` opens
         them; of any length, and with any dask chunks or in memory. The keys of a mapping and the names of a tree
-        (less ``run-``) are the labels of the runs; otherwise they are ``1``, ``2``, ...
+        (less ``run-``) are the labels of the runs; otherwise they are ``1``, ``2``, ... A tree with subjects or tasks
+        is fitted subject by subject and task by task; sessions (``ses-``) of a subject are runs of one fit.
     designs : DataFrame, array or path, or a sequence or mapping of them
-        A design matrix (volume, regressor) for each run, in the order of the runs or with their labels. Columns
-        are matched by name; runs may have different ones.
+        A design matrix (volume, regressor) for each run, in the order of the runs or with their labels; for a tree, with
+        their paths in it (``"sub-01/run-1"``, or mappings in mappings). Columns are matched by name; runs may have different
+        ones.
     noise_model : {"ar1", "ols", "ar2", "ar3", ..., "auto"}
         Autoregressive noise of order N at each voxel's own coefficients, or ordinary least squares. The coefficients
         are those that explain the autocorrelation of the least squares residuals, given the bias that the design
@@ -113,7 +139,7 @@ def fit(
 
     Returns
     -------
-    Dataset
+    Dataset, or DataTree of them for a tree with subjects or tasks
         ``beta (run, regressor, z, y, x)``, ``sigma2 (run, z, y, x)``, ``rho (run, lag, z, y, x)`` (not for OLS),
         float64 and lazy; ``dof (run)``, ``design (run, volume, regressor)``, ``column (run, regressor)`` (the
         place of a regressor among the columns of the run's design, -1 where it has none), ``frame_time`` and
@@ -133,16 +159,62 @@ def fit(
     the variance of its innovations, over the kept volumes, and ``dof`` their number less the rank of X. How: see
     :mod:`chunkglm.kernels.glm` and :mod:`chunkglm.kernels.precision`.
     """
-    plan = plan_fit(
-        runs,
-        designs,
-        noise_model=noise_model,
-        signal_scaling=signal_scaling,
-        mask=mask,
-        sample_masks=sample_masks,
-        compat=compat,
-    )
+    options: dict[str, Any] = {
+        "noise_model": noise_model,
+        "signal_scaling": signal_scaling,
+        "mask": mask,
+        "compat": compat,
+    }
+    if isinstance(runs, xr.DataTree):
+        groups = runs_by_fit(runs)
+        if set(groups) - {""}:
+            return _fit_tree(groups, designs, sample_masks, options)
+    plan = plan_fit(runs, designs, sample_masks=sample_masks, **options)
     return assemble(plan, [lazy_rows(one) for one in plan.runs])
+
+
+def _fit_tree(
+    groups: dict[str, dict[str, tuple[str, xr.Dataset]]],
+    designs: Any,
+    sample_masks: Any,
+    options: dict[str, Any],
+) -> xr.DataTree:
+    """Fit the runs of each subject and task together."""
+    design_of = _at_paths(designs, groups, "designs")
+    masks_of = {} if sample_masks is None else _at_paths(sample_masks, groups, "sample masks")
+    fits = {}
+    for place, runs in groups.items():
+        paths = {label: path for label, (path, _) in runs.items()}
+        lacking = [path for path in paths.values() if path not in design_of]
+        if lacking:
+            raise DesignError(
+                f"There is no design for {', '.join(map(repr, lacking))}. Give one for every run of the tree, with its path "
+                "as the key."
+            )
+        run_designs = {label: design_of[path] for label, path in paths.items()}
+        run_masks = {label: masks_of.get(path) for label, path in paths.items()}
+        make = partial(fit, designs=run_designs, sample_masks=run_masks, **options)
+        fits[place or "."] = named(place, make, {label: run for label, (_, run) in runs.items()})
+    return tree_of(fits)
+
+
+def _at_paths(given: Any, groups: dict[str, dict[str, tuple[str, xr.Dataset]]], what: str) -> dict[str, Any]:
+    """What is given for runs of a tree, by their paths in it."""
+    paths = [path for runs in groups.values() for path, _ in runs.values()]
+    if isinstance(given, Mapping):
+        found = by_path(given)
+        if strangers := set(found) - set(paths):
+            raise InputError(
+                f"There are {what} for {', '.join(map(repr, sorted(strangers)))}, and the runs of the tree are "
+                f"{', '.join(map(repr, paths))}. Use these as keys."
+            )
+        return found
+    if not isinstance(given, list | tuple) or len(given) != len(paths):
+        raise InputError(
+            f"For a tree of {len(paths)} runs, the {what} are a mapping by path ({paths[0]!r}, ...) or a list in the order of "
+            "the runs, one for each."
+        )
+    return dict(zip(paths, given, strict=True))
 
 
 class RunPlan(NamedTuple):
@@ -212,6 +284,7 @@ def plan_fit(
     mask: ImageLike | xr.DataArray | None,
     sample_masks: SampleMasks | None,
     compat: str | None,
+    regressors: Sequence[str] = (),
 ) -> FitPlan:
     """Check what is asked of :func:`fit`, and prepare everything but the data.
 
@@ -219,6 +292,8 @@ def plan_fit(
     ----------
     runs, designs, noise_model, signal_scaling, mask, sample_masks, compat
         See :func:`fit`. The data is read for the noise model "auto" only.
+    regressors : sequence of str
+        Regressors that the fit has before those of the designs, from other runs.
 
     Returns
     -------
@@ -228,7 +303,8 @@ def plan_fit(
     run_of = label_runs(runs)
     kept_of = _label_sample_masks(sample_masks, {label: run.sizes["time"] for label, run in run_of.items()})
     design_of = _label_designs(designs, run_of)
-    regressors = list(dict.fromkeys(name for design in design_of.values() for name in design.columns))
+    names = [name for design in design_of.values() for name in design.columns]
+    regressors = list(dict.fromkeys([*regressors, *names]))
     given_mask = None if mask is None else _given_mask(mask, next(iter(run_of.values())))
     plans = []
     for label, run in run_of.items():
@@ -323,9 +399,12 @@ def label_runs(runs: Runs) -> dict[str, xr.Dataset]:
     if isinstance(runs, xr.Dataset):
         labelled = {"1": runs}
     elif isinstance(runs, xr.DataTree):
-        labelled = {name.removeprefix("run-"): child.to_dataset() for name, child in runs.children.items()}
-        if not labelled and runs.has_data:
-            labelled = {"1": runs.to_dataset()}
+        groups = runs_by_fit(runs)
+        if set(groups) - {""}:
+            raise InputError(
+                f"The tree holds runs of {', '.join(map(repr, groups))}. Choose one, such as tree[{next(iter(groups))!r}]."
+            )
+        labelled = {label: run for label, (_, run) in groups.get("", {}).items()}
     elif isinstance(runs, Mapping):
         labelled = {str(label): run for label, run in cast("Mapping[str, xr.Dataset]", runs).items()}
     elif isinstance(runs, Sequence):
@@ -350,14 +429,25 @@ def label_runs(runs: Runs) -> dict[str, xr.Dataset]:
             raise InputError(
                 f"Run {label} has a bold of dtype {run['bold'].dtype}; accepted are real numbers."
             )
-        _check_same_grid(run, labelled[first], f"Run {label}", f"run {first}")
+        check_same_voxels(run, labelled[first], f"Run {label}", f"run {first}")
     return labelled
 
 
-def _check_same_grid(
+def check_same_voxels(
     got: xr.Dataset | xr.DataArray, expected: xr.Dataset, got_name: str, expected_name: str
 ) -> None:
-    """Compare voxel grids; of data that carries none, the number of voxels."""
+    """Compare voxel grids; of data that carries none, the number of voxels.
+
+    Parameters
+    ----------
+    got, expected : Dataset or DataArray
+    got_name, expected_name : str
+        What they are, for messages.
+
+    Raises
+    ------
+    GridMismatchError
+    """
     if "grid" in got.coords and "grid" in expected.coords:
         grids.check_same_grid(grids.grid_of(got), grids.grid_of(expected), got_name, expected_name)
     shapes = [tuple(obj.sizes[dim] for dim in SPACE) for obj in (got, expected)]
@@ -482,7 +572,7 @@ def _given_mask(mask: ImageLike | xr.DataArray, run: xr.Dataset) -> xr.DataArray
     if isinstance(mask, xr.DataArray) and mask.dtype == bool:
         if set(mask.dims) != set(SPACE):
             raise MaskError(f"The mask has the dims {mask.dims}; accepted is one volume with {SPACE}.")
-        _check_same_grid(mask, run, "The mask", "the first run")
+        check_same_voxels(mask, run, "The mask", "the first run")
         return xr.DataArray(mask.transpose(*SPACE).variable)
     return xr.DataArray(nifti.read_mask(mask, grids.grid_of(run), "the first run"), dims=SPACE)
 

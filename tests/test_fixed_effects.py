@@ -8,6 +8,7 @@ import pytest
 import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
+from nilearn.glm import compute_fixed_effects
 from nilearn.glm.contrasts import _compute_fixed_effects_params
 from scipy import stats
 
@@ -299,3 +300,269 @@ def test_fixed_effects__intervals_cover_the_truth(make_design, precision_weighte
     assert abs(float((np.abs(error) < half).mean()) - 0.95) < 0.015
     assert abs(float(error.mean() / error.std())) < 0.06
     np.testing.assert_allclose(error.var(), fixed["variance"].mean(), rtol=0.08)
+
+
+# ------------------------------------------------------------------------------------------------ without each run
+
+
+def without_each(ds, dim="run", **options):
+    """The natural form: fixed effects of all runs but one, again and again."""
+    parts = []
+    for number in range(ds.sizes[dim]):
+        others = [other for other in range(ds.sizes[dim]) if other != number]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ChunkGLMWarning)
+            parts.append(cg.fixed_effects(ds.isel({dim: others}), dim=dim, **options))
+    varying = [name for name in parts[0].data_vars if name not in ("n_rows", "weights")]
+    joined = xr.concat(parts, "left_out", data_vars=varying, coords="minimal", compat="override")
+    return joined.assign_coords(left_out=ds[dim].values)
+
+
+def check_close(got, expected):
+    assert set(got.variables) == set(expected.variables)
+    for name in expected.variables:
+        if expected[name].dtype.kind != "f":
+            assert got[name].equals(expected[name])
+            continue
+        assert got[name].dims == expected[name].transpose("left_out", ..., missing_dims="ignore").dims
+        values = expected[name].transpose(*got[name].dims)
+        np.testing.assert_allclose(got[name], values, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def f_estimates(n_runs=4, q=2, shape=(5, 3), seed=0):
+    rng = np.random.default_rng(seed)
+    factor = rng.standard_normal((n_runs, q, q + 2, *shape))
+    space = ("v", "w")
+    return xr.Dataset(
+        {
+            "effect": (("run", "row", *space), rng.standard_normal((n_runs, q, *shape))),
+            "covariance": (
+                ("run", "row", "row_", *space),
+                np.einsum("rik...,rjk...->rij...", factor, factor),
+            ),
+            "dof": ("run", 40.0 + np.arange(n_runs)),
+        },
+        coords={
+            "run": [f"s{number}" for number in range(n_runs)],
+            "row": np.arange(q) + 1,
+            "row_": np.arange(q) + 1,
+        },
+    )
+
+
+@pytest.mark.parametrize("compat", ["none", "nilearn"])
+@pytest.mark.parametrize("precision_weighted", [False, True])
+@pytest.mark.parametrize("make", [estimates, f_estimates])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_leave_one_out__is_fixed_effects_without_each_run(make, precision_weighted, compat, lazy):
+    ds = make().assign_attrs(compat=compat, stat_type="t", author="me")
+    ds["effect"][0, 0] = np.nan
+    ds["effect"][:, ..., 2, :] = np.nan  # no run has the voxel
+    ds["effect"][1:, ..., 3, :] = np.nan  # one run has it
+    given_ds = ds.chunk(v=2, run=1).assign(dof=ds["dof"]) if lazy else ds
+    if make is f_estimates and precision_weighted and compat == "nilearn":
+        with pytest.raises(InputError, match="cannot be weighted by precision"):
+            cg.leave_one_out(given_ds, precision_weighted=True)
+        return
+    with raise_if_computes():
+        got = cg.leave_one_out(given_ds, precision_weighted=precision_weighted)
+    assert (got["stat"].chunks is not None) == lazy
+    check_close(got, without_each(ds, precision_weighted=precision_weighted))
+    assert got["left_out"].values.tolist() == ["s0", "s1", "s2", "s3"]
+    assert got["left_out"].attrs["long_name"] == "run that was left out"
+    whole = cg.fixed_effects(given_ds, precision_weighted=precision_weighted)
+    assert got.attrs == whole.attrs | {"kind": "leave_one_out"}
+    assert set(got.data_vars) == set(whole.data_vars)
+    for name in whole.data_vars:
+        assert got[name].dtype == whole[name].dtype
+        assert got[name].attrs == whole[name].attrs
+        if name != "n_rows":
+            assert got[name].dims == ("left_out", *whole[name].dims)
+
+
+@pytest.mark.parametrize("definition", ["DSt - SSt", {"a": "DSt - SSt", "b": "SSp"}, ["SSt", "DSp"]])
+@pytest.mark.parametrize("precision_weighted", [False, True])
+def test_leave_one_out__of_contrasts(two_runs, two_designs, definition, precision_weighted):
+    runs = {**two_runs, "c": two_runs["a"].isel(time=slice(5, None))}
+    designs = {**two_designs, "c": two_designs["a"].iloc[5:]}
+    result = cg.contrast(cg.fit(runs, designs), definition)
+    with raise_if_computes():
+        got = cg.leave_one_out(result, precision_weighted=precision_weighted)
+    assert got["stat"].dims == (
+        "left_out",
+        *(["contrast"] if isinstance(definition, dict) else []),
+        "z",
+        "y",
+        "x",
+    )
+    for name in ("x", "y", "z", "grid"):
+        assert got[name].identical(two_runs["a"][name])
+    check_close(got.compute(), without_each(result, precision_weighted=precision_weighted).compute())
+
+
+def test_leave_one_out__f_contrasts_of_unequal_rows(two_runs, two_designs):
+    result = cg.contrast(
+        cg.fit(two_runs, two_designs), {"one": "SSt", "two": ["SSp", "DSp"]}, stat_type="F"
+    ).compute()
+    got = cg.leave_one_out(result)
+    assert got["effect"].dims[:3] == ("left_out", "contrast", "row")
+    check_close(got, without_each(result))
+    # Of two runs, what is left is the other one.
+    np.testing.assert_allclose(got["stat"].sel(left_out="a"), result["stat"].sel(run="b"), rtol=1e-9)
+
+
+def test_leave_one_out__equals_nilearn_on_subsets(volume, make_design):
+    rng = np.random.default_rng(4)
+    runs = [volume(500 + rng.standard_normal((40, 2, 3, 4)).cumsum(axis=0)) for _ in range(3)]
+    fit = cg.fit(runs, [make_design(40, seed=seed) for seed in range(3)], compat="nilearn")
+    result = cg.contrast(fit, "face - house").compute()
+    images = {
+        name: [cg.to_nifti(result[name].isel(run=number)) for number in range(3)]
+        for name in ("effect", "variance")
+    }
+    mask = cg.to_nifti(xr.ones_like(result["effect"][0]).astype(np.uint8))
+    for precision_weighted in (False, True):
+        got = cg.leave_one_out(result, precision_weighted=precision_weighted)
+        for number in range(3):
+            others = [other for other in range(3) if other != number]
+            expected = compute_fixed_effects(
+                *([images[name][other] for other in others] for name in ("effect", "variance")),
+                mask,
+                precision_weighted=precision_weighted,
+                dofs=result["dof"].values[others].tolist(),
+            )
+            for name, image in zip(("effect", "variance", "stat", "z_score"), expected, strict=True):
+                values = got[name][number].transpose("x", "y", "z")
+                np.testing.assert_allclose(values, image.get_fdata(), rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_leave_one_out__a_run_without_the_contrast_is_named_once():
+    ds = estimates()
+    ds["dof"][2] = np.nan
+    ds["effect"][2] = np.nan
+    with pytest.warns(ChunkGLMWarning, match="cannot be estimated there: run s2.") as seen:
+        got = cg.leave_one_out(ds)
+    assert len(seen) == 1
+    assert seen[0].filename == __file__
+    assert got.attrs["combined"] == ["s0", "s1", "s3"]
+    check_close(got, without_each(ds))
+    with pytest.warns(ChunkGLMWarning, match="run s2"):
+        whole = cg.fixed_effects(ds)
+    for name in (*MAPS, "dof", "n_runs"):
+        np.testing.assert_allclose(got[name].sel(left_out="s2"), whole[name])
+
+
+def test_leave_one_out__without_the_only_run_that_has_the_contrast_nothing_is_left():
+    ds = estimates((3, 6, 5))
+    ds["dof"][1:] = np.nan
+    with pytest.warns(ChunkGLMWarning, match="run s1, s2"):
+        got = cg.leave_one_out(ds)
+    assert got["n_runs"].isel(v=0, w=0).values.tolist() == [0, 1, 1]
+    for name in (*MAPS, "dof"):
+        assert np.isnan(got[name].sel(left_out="s0")).all()
+        assert np.isfinite(got[name].sel(left_out=["s1", "s2"])).all()
+    with pytest.raises(ContrastError, match=r"No run has the contrast"):
+        cg.leave_one_out(ds.assign(dof=ds["dof"] * np.nan))
+
+
+def test_leave_one_out__refuses_what_leaves_nothing():
+    for n in (0, 1):
+        with pytest.raises(InputError, match=f"needs two runs or more over 'run', and there is {n}"):
+            cg.leave_one_out(estimates().isel(run=slice(n)))
+    with pytest.raises(InputError, match="over 'subject'"):
+        cg.leave_one_out(estimates(), dim="subject")
+    with pytest.raises(InputError, match="needs a variable 'dof'"):
+        cg.leave_one_out(estimates().drop_vars("dof"))
+
+
+@pytest.mark.parametrize("dof_dims", [("run",), ("w", "run"), ("run", "v", "w")])
+def test_leave_one_out__takes_any_dims_and_dof_that_vary(dof_dims):
+    ds = estimates()
+    sizes = [ds.sizes[dim] for dim in dof_dims]
+    ds["dof"] = xr.DataArray(np.random.default_rng(1).integers(20, 90, sizes), dims=dof_dims)
+    for one in (ds, ds.chunk(v=2)):
+        check_close(cg.leave_one_out(one), without_each(ds))
+    ds = ds.rename(run="session").assign_coords(session=[3, 1, 4, 5]).transpose("v", "session", "w")
+    got = cg.leave_one_out(ds, dim="session")
+    check_close(got, without_each(ds, "session"))
+    assert got["left_out"].values.tolist() == [3, 1, 4, 5]
+    assert "session" not in got.coords
+
+
+@given(
+    seed=st.integers(0, 1000),
+    chunks=st.tuples(st.integers(1, 9), st.integers(1, 3), st.integers(1, 2)),
+    precision_weighted=st.booleans(),
+    of_rows=st.booleans(),
+)
+def test_leave_one_out__chunks_and_order_do_not_matter(seed, chunks, precision_weighted, of_rows):
+    shape = (3, 2)
+    of_one_row = estimates((9, *shape), seed=seed, dof=np.arange(30.0, 39.0))
+    ds = f_estimates(9, 2, shape, seed) if of_rows else of_one_row
+    options = {"precision_weighted": precision_weighted}
+    expected = cg.leave_one_out(ds, **options)
+    lazy = ds.chunk(dict(zip(("run", "v", "w"), chunks, strict=True)))
+    assert cg.leave_one_out(lazy, **options).compute().equals(expected)
+    assert cg.fixed_effects(lazy, **options).compute().equals(cg.fixed_effects(ds, **options))
+    order = np.random.default_rng(seed).permutation(9)
+    other = cg.leave_one_out(ds.isel(run=order), **options).sel(left_out=expected["left_out"])
+    for name in ("effect", "stat", "z_score", "dof", "n_runs"):
+        np.testing.assert_allclose(other[name], expected[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision_weighted", [False, True])
+def test_leave_one_out__a_run_of_any_size_leaves_no_trace_where_it_is_left_out(precision_weighted):
+    """The sum of all less that of one would have no digits left here, or be NaN."""
+    ds = estimates()
+    ds["effect"][1, 0] = 1e25
+    ds["variance"][1, 0] = 1e-25
+    ds["variance"][1, 1] = 0.0
+    got = cg.leave_one_out(ds, precision_weighted=precision_weighted)
+    check_close(got, without_each(ds, precision_weighted=precision_weighted))
+    assert np.isfinite(got["stat"].sel(left_out="s1")).all()
+
+
+@pytest.mark.parametrize("make", [estimates, f_estimates])
+def test_leave_one_out__tasks_do_not_grow_with_runs_and_a_block_is_read_once(make):
+    """Besides the tasks that bring the blocks of the runs."""
+
+    def n_tasks(n_runs):
+        ds = xr.concat([make()] * (n_runs // 4), "run")
+        got = cg.leave_one_out(
+            ds.assign(run=np.arange(n_runs)).chunk(v=2).assign(dof=ds["dof"].drop_vars("run"))
+        )
+        return len(dict(got["z_score"].data.__dask_graph__()))
+
+    assert n_tasks(40) == n_tasks(4)
+    reads = []
+
+    def count(block):
+        reads.append(block.shape)
+        return block
+
+    ds = make()
+    effect = ds["effect"].chunk(run=1, v=2)
+    counted = effect.data.map_blocks(count, dtype=float, meta=np.empty((0,) * effect.ndim))
+    cg.leave_one_out(ds.assign(effect=(effect.dims, counted))).compute(scheduler="sync")
+    assert len(reads) == 4 * len(effect.chunksizes["v"])
+
+
+def test_leave_one_out__shows_the_run_that_stands_out(volume, make_design):
+    """One of five runs has a large effect of its own: without it, the map changes most, and tells the truth."""
+    truth, outlier = 3.0, "4"
+    runs, designs = {}, {}
+    rng = np.random.default_rng(8)
+    for number in range(1, 6):
+        design = make_design(60, seed=number)
+        size = truth + (20.0 if str(number) == outlier else 0.0)
+        signal = 500 + size * design["face"].to_numpy()[:, None, None, None]
+        runs[str(number)] = volume(signal + 2 * rng.standard_normal((60, 2, 5, 6)))
+        designs[str(number)] = design
+    result = cg.contrast(cg.fit(runs, designs, signal_scaling=None), "face").compute()
+    whole, got = cg.fixed_effects(result), cg.leave_one_out(result)
+    change = abs(got["effect"] - whole["effect"]).mean(("z", "y", "x"))
+    assert change.idxmax("left_out") == outlier
+    assert float(change.max()) > 3 * float(change.sortby(change)[-2])
+    error = got["effect"].sel(left_out=outlier) - truth
+    assert abs(float(error.mean())) < 0.3
+    assert abs(float(got["effect"].sel(left_out="1").mean()) - truth - 20 / 4) < 0.3

@@ -309,7 +309,7 @@ def test_only_stores_are_replaced(source, run, tmp_path):
     for place, message in (
         ("folder", "not a Zarr store"),
         ("file", "not a Zarr store"),
-        ("study.zarr", "study with several runs"),
+        ("study.zarr", "study with stores of its own"),
     ):
         for action in (convert, save):
             with pytest.raises(StoreExistsError, match=message):
@@ -938,7 +938,7 @@ def test_stores_at_urls(source, run, whole):
     np.testing.assert_array_equal(tree["run-1"]["mask"].values, run["mask"].values)
     with pytest.raises(StoreExistsError, match="--overwrite"):
         convert(source, url, smoothing_fwhm=5)
-    with pytest.raises(StoreExistsError, match="several runs"):
+    with pytest.raises(StoreExistsError, match="stores of its own"):
         save(run, "memory://bucket/study.zarr", overwrite=True)
     part = run.isel(time=slice(3, 20), z=slice(None, None, -1))
     saved = save(part, url, overwrite=True)

@@ -6,7 +6,7 @@ out there.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,20 +41,76 @@ def combine_runs(
     ndarray, shape (4, ...), float64
         Effect, variance, degrees of freedom and number of runs: NaN, NaN, NaN and 0 where no run is left.
     """
+    options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
+    summands = _summands(effect, variance, dof, **options)
+    return _combined(*map(_sum_of_all, summands), precision_weighted=precision_weighted)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def combine_others(
+    effect: Floats, variance: Floats, dof: Floats, *, precision_weighted: bool, reference_rules: bool
+) -> Floats:
+    """Combine all runs but one, for each that can be left out, as :func:`combine_runs` does.
+
+    Parameters
+    ----------
+    effect, variance, dof : ndarray, shape (R, ...)
+        Broadcast against each other.
+    precision_weighted, reference_rules : bool
+
+    Returns
+    -------
+    ndarray, shape (4 R, ...), float64
+        The effects without each run, then the variances, the degrees of freedom, and the numbers of runs.
+    """
+    options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
+    summands = _summands(effect, variance, dof, **options)
+    out = _combined(*map(_sums_of_others, summands), precision_weighted=precision_weighted)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _summands(
+    effect: Floats, variance: Floats, dof: Floats, *, precision_weighted: bool, reference_rules: bool
+) -> tuple[NDArray[Any], ...]:
+    """What is added up over runs, each (R, ...): weighted effects, precisions or variances, degrees of freedom, 1."""
     used = np.isfinite(effect) & np.isfinite(variance) & np.isfinite(dof)
-    n_runs = used.sum(axis=0)
     if reference_rules:
         variance = np.maximum(variance, LEAST_VARIANCE)
-    if precision_weighted:
-        precision = np.where(used, 1 / variance, 0)
-        combined_variance = 1 / precision.sum(axis=0)
-        combined = combined_variance * (precision * np.where(used, effect, 0)).sum(axis=0)
-    else:
-        combined = np.where(used, effect, 0).sum(axis=0) / n_runs
-        combined_variance = np.where(used, variance, 0).sum(axis=0) / n_runs**2
-    total_dof = np.where(used, dof, 0).sum(axis=0)
-    out = np.stack([combined, combined_variance, total_dof, n_runs]).astype(np.float64)
+    effect = np.where(used, effect, 0)
+    spread = np.where(used, 1 / variance if precision_weighted else variance, 0)
+    return spread * effect if precision_weighted else effect, spread, np.where(used, dof, 0), used
+
+
+def _combined(
+    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[np.intp], *, precision_weighted: bool
+) -> Floats:
+    """Effect, variance, degrees of freedom and number of runs, (4, ...), from sums of what :func:`_summands` makes."""
+    variance = 1 / spread if precision_weighted else spread / n_runs**2
+    combined = variance * effect if precision_weighted else effect / n_runs
+    out = np.stack([combined, variance, dof, n_runs]).astype(np.float64)
     out[:3, n_runs == 0] = np.nan
+    return out
+
+
+def _sum_of_all(summands: NDArray[Any]) -> NDArray[Any]:
+    """The sum over runs, shape (...).
+
+    One after another: numpy adds many runs of a lone voxel in another order than those of several.
+    """
+    total: NDArray[Any] = sum(summands[1:], start=summands[0] + 0)
+    return total
+
+
+def _sums_of_others(summands: NDArray[Any]) -> NDArray[Any]:
+    """For each run the sum over all others, shape (R, ...).
+
+    Sums of those before it and of those behind it: subtracted from the sum of all, a large one would take the digits of
+    the others along, and one that is infinite everything.
+    """
+    numbers = summands.astype(np.intp) if summands.dtype == bool else summands
+    out = np.zeros_like(numbers)
+    np.cumsum(numbers[:-1], axis=0, out=out[1:])
+    out[:-1] += np.cumsum(numbers[:0:-1], axis=0)[::-1]
     return out
 
 
@@ -78,30 +134,66 @@ def combine_rows(effect: Floats, covariance: Floats, dof: Floats, *, precision_w
     ndarray, shape (q + q q + 2, ...), float64
         Effects, covariances, degrees of freedom and number of runs: NaN and 0 where no run is left.
     """
+    summands = _summands_of_rows(effect, covariance, dof, precision_weighted=precision_weighted)
+    return _combined_rows(*map(_sum_of_all, summands), precision_weighted=precision_weighted)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def combine_rows_of_others(
+    effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool
+) -> Floats:
+    """Combine all runs but one, for each that can be left out, as :func:`combine_rows` does.
+
+    Parameters
+    ----------
+    effect : ndarray, shape (R q, ...)
+        The rows of each run, run after run.
+    covariance : ndarray, shape (R q q, ...)
+    dof : ndarray, shape (R, ...)
+    precision_weighted : bool
+
+    Returns
+    -------
+    ndarray, shape ((q + q q + 2) R, ...), float64
+        The first effects without each run, then the second ones, and so on in the order of :func:`combine_rows`.
+    """
+    summands = _summands_of_rows(effect, covariance, dof, precision_weighted=precision_weighted)
+    e, V, total_dof, n_runs = map(_sums_of_others, summands)
+    e, V = np.moveaxis(e, 0, 1), np.moveaxis(V, 0, 2)
+    out = _combined_rows(e, V, total_dof, n_runs, precision_weighted=precision_weighted)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _summands_of_rows(
+    effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool
+) -> tuple[NDArray[Any], ...]:
+    """What is added up over runs: weighted effects (R, q, ...), precisions or covariances (R, q, q, ...), and so on."""
     R = len(dof)
     q = len(effect) // R
     shape = np.broadcast_shapes(effect.shape[1:], covariance.shape[1:], dof.shape[1:])
     e, V = effect.reshape(R, q, *effect.shape[1:]), covariance.reshape(R, q, q, *covariance.shape[1:])
     used = np.isfinite(e).all(axis=1) & np.isfinite(V).all(axis=(1, 2)) & np.isfinite(dof)
-    n_runs = used.sum(axis=0)
     e = np.where(used[:, None], e, 0.0)
-    if precision_weighted:
-        unit = np.eye(q).reshape(q, q, *(1,) * len(shape))
-        precision = np.zeros((q, q, *shape))
-        weighted = np.zeros((q, *shape))
-        for r in range(R):
-            P = np.where(used[r], invert(np.where(used[r], V[r], unit)), 0.0)
-            precision += P
-            weighted += np.einsum("ij...,j...->i...", P, e[r])
-        combined_V = invert(precision)
-        combined = np.einsum("ij...,j...->i...", combined_V, weighted)
-    else:
-        combined = e.sum(axis=0) / n_runs
-        combined_V = np.where(used[:, None, None], V, 0.0).sum(axis=0) / n_runs**2
-    total_dof = np.where(used, dof, 0.0).sum(axis=0)
+    if not precision_weighted:
+        return e, np.where(used[:, None, None], V, 0.0), np.where(used, dof, 0.0), used
+    unit = np.eye(q).reshape(q, q, *(1,) * len(shape))
+    precision = np.empty((R, q, q, *shape))
+    for r in range(R):
+        precision[r] = np.where(used[r], invert(np.where(used[r], V[r], unit)), 0.0)
+    weighted = np.einsum("rij...,rj...->ri...", precision, e)
+    return weighted, precision, np.where(used, dof, 0.0), used
+
+
+def _combined_rows(
+    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[np.intp], *, precision_weighted: bool
+) -> Floats:
+    """Combine sums of what :func:`_summands_of_rows` makes: effects, covariances, dof and n_runs, (q + q q + 2, ...)."""
+    q, *shape = effect.shape
+    V = invert(spread) if precision_weighted else spread / n_runs**2
     out = np.empty((q + q * q + 2, *shape))
-    out[:q], out[q:-2] = combined, combined_V.reshape(q * q, *shape)
-    out[-2], out[-1] = total_dof, n_runs
+    out[:q] = np.einsum("ij...,j...->i...", V, effect) if precision_weighted else effect / n_runs
+    out[q:-2] = V.reshape(q * q, *shape)
+    out[-2], out[-1] = dof, n_runs
     out[:-1, n_runs == 0] = np.nan
     return out
 

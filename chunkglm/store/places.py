@@ -13,6 +13,7 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from chunkglm import chunkfiles
+from chunkglm.entities import is_member
 from chunkglm.errors import StoreError, StoreExistsError
 from chunkglm.schema import FORMAT_VERSION
 
@@ -107,7 +108,8 @@ def check_free(store: StoreLike, *, overwrite: bool) -> None:
     StoreExistsError
     """
     name = store_name(store)
-    if SEAL in root_attributes(name.rpartition("/")[0]):
+    parent = name.rpartition("/")[0]
+    if any(SEAL in root_attributes(folder) for folder in (parent, *study_folders(parent))):
         raise StoreExistsError(f"{name} would lie inside another store. Choose a place beside it.")
     if not exists(name) or _is_being_built(name):
         return
@@ -117,7 +119,7 @@ def check_free(store: StoreLike, *, overwrite: bool) -> None:
         )
     if is_study(name):
         raise StoreExistsError(
-            f"{name} is a study with several runs, so it is not replaced. Write to one of its runs "
+            f"{name} is a study with stores of its own, so it is not replaced. Write to one of its runs "
             f"({name}/run-...), or remove it."
         )
     is_folder = is_url(name) or Path(name).is_dir()
@@ -134,6 +136,15 @@ def _is_being_built(name: str) -> bool:
         and read_file(backend_of(name, read_only=True), ROOT) is None
         and exists(name + chunkfiles.PARTIAL)
     )
+
+
+def study_folders(parent: str) -> list[str]:
+    """Folders that become groups with a store in ``parent``: ``*.zarr``, and those for entities that lie between."""
+    between = []
+    while is_member(parent.rpartition("/")[2]):
+        between.append(parent)
+        parent = parent.rpartition("/")[0]
+    return [*between, parent] if parent.endswith(".zarr") else []
 
 
 def study_root() -> bytes:

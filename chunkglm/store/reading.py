@@ -17,8 +17,9 @@ import zarr.storage
 from dask.base import tokenize
 from dask.local import get_sync
 
-from chunkglm import chunkfiles, nifti, plan
+from chunkglm import chunkfiles, grids, nifti, plan
 from chunkglm.chunkfiles import PARTIAL, Entry
+from chunkglm.entities import is_member, natural, tree_path
 from chunkglm.errors import DamagedStoreError, IncompleteStoreError, SourceNotFoundError, StoreError
 from chunkglm.schema import RUN, SPACE, canonical_json, check_format_version, require
 from chunkglm.store.manifest import (
@@ -45,6 +46,7 @@ from chunkglm.store.places import (
     root_attributes,
     store_name,
 )
+from chunkglm.trees import tree_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -258,7 +260,17 @@ def open_store(store: StoreLike) -> xr.Dataset:
         and variable.nbytes <= plan.CHUNK_BYTES
     ]
     # Not on the user's scheduler: opening is not computing.
-    return ds.assign({name: ds[name].compute(scheduler=get_sync) for name in small})
+    ds = ds.assign({name: ds[name].compute(scheduler=get_sync) for name in small})
+    for variable in ds.variables.values():
+        if not variable.dims:
+            variable.load()
+    # Labels as they were before they were saved: numpy's own strings cannot be compared or filled up with anything else.
+    texts = {
+        name: variable.astype(object) for name, variable in ds.variables.items() if variable.dtype.kind == "T"
+    }
+    return ds.assign_coords({name: one for name, one in texts.items() if name in ds.coords}).assign(
+        {name: one for name, one in texts.items() if name not in ds.coords}
+    )
 
 
 class StoredArray:
@@ -371,45 +383,120 @@ def open_run(store: StoreLike) -> xr.Dataset:
 
 
 def open_study(store: StoreLike) -> xr.DataTree:
-    """Open a study: all run stores in a group.
+    """Open a study: all stores in a folder.
 
     Parameters
     ----------
     store : path or URL
-        A group with run stores ``run-<label>``.
+        A folder of stores whose names begin with BIDS entities: ``run-1``, ``sub-01_ses-2_task-rest_run-1``, or in folders
+        of their own, ``sub-01/run-1``. Others that lie there are no part of it.
 
     Returns
     -------
     DataTree
-        One child a run, named as its store, in natural order of the labels.
+        Levels for subjects, sessions and tasks, as far as names carry them, and below these the runs: the node
+        ``sub-01/ses-2/task-rest/run-1`` is what :func:`open_run` opens. In natural order of the names. Other stores than
+        runs, such as the fits that :func:`chunkglm.save` wrote of a tree, are as :func:`open_store` opens them. Only
+        metadata is read. Runs on grids that differ by rounding have the labels of the first.
 
     Raises
     ------
     SourceNotFoundError, IncompleteStoreError, DamagedStoreError
+    StoreError
+        If the names of two stores mean the same place.
+
+    Examples
+    --------
+    >>> study = cg.open_study("study.zarr")  # doctest: +SKIP
+    >>> study["sub-01/task-rest/run-1"].bold  # doctest: +SKIP
     """
     name = store_name(store)
-    return xr.DataTree.from_dict({label: open_run(f"{name}/{label}") for label in _run_names(name)})
+    place_of: dict[str, str] = {}
+    for place in study_members(name):
+        path = tree_path(place)
+        if path in place_of:
+            raise StoreError(
+                f"{name}/{place_of[path]} and {name}/{place} are both {path!r} in the study. Rename or move one of them."
+            )
+        place_of[path] = place
+    for path, place in place_of.items():
+        above = [path.rpartition("/")[0], path.rpartition("/")[0].rpartition("/")[0]]
+        if parent := next((one for one in above if one in place_of), None):
+            raise StoreError(
+                f"{name}/{place} would lie in the study inside of {name}/{place_of[parent]}, which is a store itself. "
+                "Give both a name that tells them apart, such as run-1 and run-2."
+            )
+    opened = {path: _open_member(f"{name}/{place}") for path, place in place_of.items()}
+    return tree_of(_with_equal_labels(opened))
 
 
-def _run_names(name: str) -> list[str]:
-    """Names of the run stores in a study, in natural order."""
+def _with_equal_labels(opened: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
+    """Give grids that differ by rounding the labels of the first, so that xarray leaves out no voxel between two runs."""
+    firsts: list[tuple[grids.Grid, xr.Dataset]] = []
+    made = {}
+    for path, ds in opened.items():
+        if "grid" not in ds.coords:
+            made[path] = ds
+            continue
+        grid = grids.grid_of(ds)
+        first = next((one for known, one in firsts if grids.same_grid(grid, known)), None)
+        if first is None:
+            firsts.append((grid, ds))
+        made[path] = ds if first is None else _with_labels_of(first, ds)
+    return made
+
+
+def _with_labels_of(first: xr.Dataset, ds: xr.Dataset) -> xr.Dataset:
+    different = [dim for dim in SPACE if not np.array_equal(first[dim].values, ds[dim].values)]
+    return ds.assign_coords({dim: first[dim].variable for dim in different})
+
+
+def _open_member(name: str) -> xr.Dataset:
+    """A run as :func:`open_run` opens it, or anything else."""
+    ds = open_store(name)
+    return ds[list(RUN)] if set(RUN) <= set(ds.variables) else ds
+
+
+def study_members(store: StoreLike) -> list[str]:
+    """List the stores of a study.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Returns
+    -------
+    list of str
+        Their places in its folder, in natural order.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If there is none.
+    """
+    name = store_name(store)
     if not is_url(name) and not Path(name).is_dir():
         raise SourceNotFoundError(
             f"There is no study {name}. Check the path; chunkglm convert and run make studies."
         )
-    members = list_files(backend_of(name, read_only=True), top=True)
-    names = [key for key in members if key.startswith("run-") and not key.endswith(PARTIAL)]
-    if not names:
+    places = _members(name)
+    if not places:
         raise SourceNotFoundError(
-            f"{name} holds no run stores (groups named run-<label>). Convert runs into it: chunkglm convert "
-            f"RUN.nii.gz {name}/run-1."
+            f"{name} holds no run stores (groups named run-<label>, or by other BIDS entities). Convert runs into it: "
+            f"chunkglm convert RUN.nii.gz {name}/run-1."
         )
-    return sorted(names, key=_natural)
+    return sorted(places, key=natural)
 
 
-def _natural(label: str) -> tuple[Any, ...]:
-    number = label.removeprefix("run-")
-    return (0, int(number), label) if number.isdecimal() else (1, 0, label)
+def _members(name: str) -> list[str]:
+    """Places of all stores below ``name``, also of those that are not complete."""
+    places = []
+    for member in list_files(backend_of(name, read_only=True), top=True):
+        if not is_member(member) or member.endswith(PARTIAL):
+            continue
+        inner = _members(f"{name}/{member}") if is_study(f"{name}/{member}") else [""]
+        places += [f"{member}/{place}".rstrip("/") for place in inner]
+    return places
 
 
 def verify(store: StoreLike) -> None:
@@ -428,7 +515,7 @@ def verify(store: StoreLike) -> None:
     """
     name = store_name(store)
     damage = []
-    for place in [f"{name}/{label}" for label in _run_names(name)] if is_study(name) else [name]:
+    for place in [f"{name}/{place}" for place in study_members(name)] if is_study(name) else [name]:
         try:
             _verify(place)
         except DamagedStoreError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
 
 import numpy as np
 import xarray as xr
@@ -14,14 +14,17 @@ from dask.callbacks import Callback
 
 from chunkglm import grids, nifti, plan
 from chunkglm._version import __version__
+from chunkglm.entities import ENTITIES, is_member
 from chunkglm.errors import ChunkGLMError, InputError
 from chunkglm.schema import FORMAT_VERSION, SPACE, canonical_json, text_labels
 from chunkglm.store.manifest import HEADER, OWN_VARIABLES
 from chunkglm.store.places import MADE_OF, is_url, store_name
 from chunkglm.store.reading import made_of as _made_of
-from chunkglm.store.reading import open_checked, open_store
+from chunkglm.store.reading import open_checked, open_store, open_study
 from chunkglm.store.site import differences, hash_of, is_up_to_date
 from chunkglm.store.writing import is_stored_as_it_is, writing
+from chunkglm.trees import datasets_of
+from chunkglm.world import WORLD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -35,35 +38,55 @@ LARGEST_CHUNK = 2**30
 _PACKAGES = ("dask", "nibabel", "numpy", "scipy", "xarray", "zarr")
 
 
+@overload
 def save(
     ds: xr.Dataset,
+    store: StoreLike,
+    *,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    progress: Callable[[int, int], None] | None = ...,
+) -> xr.Dataset: ...
+@overload
+def save(
+    ds: xr.DataTree,
+    store: StoreLike,
+    *,
+    overwrite: bool = ...,
+    resume: bool = ...,
+    progress: Callable[[int, int], None] | None = ...,
+) -> xr.DataTree: ...
+def save(
+    ds: xr.Dataset | xr.DataTree,
     store: StoreLike,
     *,
     overwrite: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
-) -> xr.Dataset:
-    """Save a dataset completely or not at all.
+) -> xr.Dataset | xr.DataTree:
+    """Save a dataset completely or not at all; of a tree, each of its datasets.
 
     Everything lazy is computed, in one pass and block by block, on the scheduler that dask is set to. What was saved from
     the same content already is left as it is, and what was begun is continued: no block that is complete is computed again.
 
     Parameters
     ----------
-    ds : Dataset
+    ds : Dataset or DataTree
         A run (or a slice of one), a fit, contrasts, fixed effects, or anything else. The content of lazy variables is known
-        by their dask names, which for data from chunkglm's stores are hashes of it.
+        by their dask names, which for data from chunkglm's stores are hashes of it. World coordinates are left out. Of a
+        tree, as of several subjects, every dataset gets a store of its own, one after another.
     store : path or URL
+        For a tree, the folder of these stores, which :func:`chunkglm.open_study` opens.
     overwrite : bool
         Replace an existing store, also one of the same content.
     resume : bool
         Continue what was begun; otherwise start anew.
     progress : callable, optional
-        Called with the number of finished tasks and of all tasks.
+        Called with the number of finished tasks and of all tasks; for a tree, of each dataset in turn.
 
     Returns
     -------
-    Dataset
+    Dataset or DataTree
         The saved data, opened from ``store``.
 
     Raises
@@ -72,6 +95,8 @@ def save(
         If something else is there, or was begun, and ``overwrite`` is not given.
     BusyStoreError, StoreError, InputError
     """
+    if isinstance(ds, xr.DataTree):
+        return _save_tree(ds, store, overwrite=overwrite, resume=resume, progress=progress)
     if not overwrite and is_saved(ds, store):
         return open_store(store)
     ds = _encoded(savable(ds))
@@ -82,6 +107,21 @@ def save(
             writer.compute(ds)
         writer.finish(made_of)
     return open_store(store)
+
+
+def _save_tree(tree: xr.DataTree, store: StoreLike, **options: Any) -> xr.DataTree:
+    nodes = datasets_of(tree)
+    if not nodes:
+        raise InputError("There is no data in the tree, so there is nothing to save.")
+    if nameless := [path for path in nodes if not all(is_member(part) for part in path.split("/"))]:
+        raise InputError(
+            f"The tree has data at {', '.join(map(repr, nameless))}. The datasets of a tree are saved under the names of its "
+            f"nodes, which must begin with an entity: {', '.join(f'{key}-' for key in ENTITIES[:4])} and so on. Rename the "
+            "nodes, or save each dataset by itself."
+        )
+    for path, ds in nodes.items():
+        save(ds, f"{store_name(store)}/{path}", **options)
+    return open_study(store)
 
 
 def is_saved(ds: xr.Dataset, store: StoreLike) -> bool:
@@ -221,6 +261,7 @@ def savable(ds: xr.Dataset) -> xr.Dataset:
             f"The dataset has a variable {' and '.join(sorted(taken))!r}, a name that stores use themselves. Rename "
             "it with Dataset.rename."
         )
+    ds = ds.drop_vars([name for name in WORLD if name in ds.coords])
     header, ome = _for_viewers(ds)
     for name, variable in ds.variables.items():
         fitting = _savable_variable(variable)

@@ -33,6 +33,7 @@ from chunkglm.store.places import (
     read_file,
     root_attributes,
     store_name,
+    study_folders,
     study_root,
     write_file,
 )
@@ -217,13 +218,14 @@ class Site:
         """Put the finished store in its place; what was there is removed only after."""
         parent = self.name.rpartition("/")[0]
         if is_url(self.name):
-            if parent.endswith(".zarr"):
-                study = backend_of(parent, read_only=False)
+            for folder in study_folders(parent):
+                study = backend_of(folder, read_only=False)
                 if read_file(study, ROOT) is None:
                     write_file(study, ROOT, study_root())
         else:
             target = Path(self.name)
-            _make_study(target.parent)
+            for folder in study_folders(str(target.parent)):
+                _make_study(Path(folder))
             _move(Path(self.folder) / STORE, target, Path(self.folder) / OLD)
         self._is_kept = False
 
@@ -388,8 +390,8 @@ def _move(built: Path, target: Path, old: Path) -> None:
 
 
 def _make_study(folder: Path) -> None:
-    """Make the folder of a store, if it is named ``*.zarr``, a group that plain xarray can open."""
-    if folder.suffix == ".zarr" and not (folder / ROOT).exists() and not (folder / ".zgroup").exists():
+    """Make the folder of a store a group that plain xarray can open."""
+    if not (folder / ROOT).exists() and not (folder / ".zgroup").exists():
         (folder / ROOT).write_bytes(study_root())
 
 
