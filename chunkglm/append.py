@@ -61,7 +61,7 @@ def append_run(
         Its design matrix (volume, regressor). Columns are matched by name; new ones become the last regressors.
     label : str, optional
         Of the run. By default the next free number: one more than the largest number among the labels, and than the
-        number of runs.
+        number of runs, with leading zeros where they have some.
     mask : path, nibabel image or DataArray, optional
         Used instead of the run's own mask.
     sample_mask : array or sequence, optional
@@ -145,7 +145,9 @@ def _as_fit(fit: xr.Dataset) -> xr.Dataset:
 
 
 def _next_label(labels: list[str]) -> str:
-    return str(max(len(labels), *(int(label) for label in labels if label.isdecimal()), 0) + 1)
+    numbers = [label for label in labels if label.isdecimal()]
+    width = max((len(label) for label in numbers if label.startswith("0")), default=1)
+    return str(max(len(labels), *map(int, numbers), 0) + 1).zfill(width)
 
 
 def _joined(fit: xr.Dataset, new: xr.Dataset) -> xr.Dataset:

@@ -76,7 +76,7 @@ def _fit(ds: xr.Dataset) -> dict[str, str]:
     about["noise"] = str(ds.attrs.get("noise_model", "unknown"))
     about["signal"] = SCALINGS.get(scaling, scaling)
     if ds["dof"].ndim <= 1:
-        about["dof"] = _names(f"{value:g}" for value in np.atleast_1d(ds["dof"].values))
+        about["residual dof"] = _names(f"{value:g}" for value in np.atleast_1d(ds["dof"].values))
     return about
 
 

@@ -12,6 +12,12 @@ ENTITIES = (
 LEVELS = ("sub", "ses", "task")
 """Those that are levels of a study; the others together name a run."""
 
+VARIANTS = ("echo", "part", "space", "res", "den", "desc")
+"""Those that tell apart versions of one recording, which are not combined as if they were runs."""
+
+FUNCTIONAL = "func"
+"""Folder of BIDS for functional recordings; no level of a study."""
+
 _SPLIT = re.compile(rf"_(?=(?:{'|'.join(ENTITIES)})-)")
 _ENDING = re.compile(r"(?:_bold)?(?:\.zarr)?$")
 
@@ -34,7 +40,8 @@ def tree_path(place: str) -> str:
     str
         Subject, session, task and the rest of the name, as far as they are there: ``sub-01/task-rest/run-1``.
     """
-    entities = [one for part in place.split("/") for one in _SPLIT.split(_ENDING.sub("", part))]
+    parts = [_ENDING.sub("", part) for part in place.split("/") if part != FUNCTIONAL]
+    entities = [one for part in parts for one in _SPLIT.split(part)]
     levels = {key: one for one in entities for key in LEVELS if one.startswith(f"{key}-")}
     rest = [one for one in entities if one not in levels.values()]
     return "/".join([*(levels[key] for key in LEVELS if key in levels), *(["_".join(rest)] if rest else [])])
@@ -42,6 +49,8 @@ def tree_path(place: str) -> str:
 
 def fit_and_label(path: str) -> tuple[str, str]:
     """Find which runs of a tree are fitted together: those of one subject and task, of all sessions.
+
+    Versions of the recordings (``echo``, ``part``, ``space``, ``res``, ``den``, ``desc``) have fits of their own.
 
     Parameters
     ----------
@@ -55,11 +64,14 @@ def fit_and_label(path: str) -> tuple[str, str]:
         run in it (``ses-2_run-1``; without sessions ``1``).
     """
     parts = [part for part in path.split("/") if part not in {"", "."}]
-    of_run = [part for part in parts if part.startswith("ses-")]
+    own: list[str] = []
     if parts and parts[-1].partition("-")[0] not in LEVELS:
-        of_run.append(parts[-1])
-    fit = [part for part in parts if part not in of_run]
-    return "/".join(fit), "_".join(of_run).removeprefix("run-") or "1"
+        own = _SPLIT.split(parts.pop())
+    version = [one for one in own if one.partition("-")[0] in VARIANTS]
+    of_run = [part for part in parts if part.startswith("ses-")] + [one for one in own if one not in version]
+    fit = [part for part in parts if part not in of_run] + (["_".join(version)] if version else [])
+    label = of_run[0].removeprefix("run-") if len(of_run) == 1 else "_".join(of_run)
+    return "/".join(fit), label or "1"
 
 
 def natural(name: str) -> tuple[tuple[int, str], ...]:

@@ -43,7 +43,7 @@ from chunkglm.schema import (
     require,
     text_labels,
 )
-from chunkglm.trees import by_path, named, runs_by_fit, tree_of
+from chunkglm.trees import by_path, datasets_of, named, runs_by_fit, tree_of
 
 if TYPE_CHECKING:
     import os
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     Designs = Design | Sequence[Design] | Mapping[str, Design]
     SampleMask = NDArray[Any] | Sequence[int] | Sequence[bool] | None
     SampleMasks = NDArray[Any] | Sequence[SampleMask] | Mapping[str, SampleMask]
+    RunsByFit = dict[str, dict[str, tuple[str, xr.Dataset]]]
 
 SCALINGS = ("voxel", "run", None)
 
@@ -166,55 +167,63 @@ def fit(
         "compat": compat,
     }
     if isinstance(runs, xr.DataTree):
-        groups = runs_by_fit(runs)
+        groups, paths = runs_by_fit(runs), list(datasets_of(runs))
+        given: Any = _by_path(designs, groups, paths, "designs")
+        sample_masks = None if sample_masks is None else _by_path(sample_masks, groups, paths, "sample masks")
         if set(groups) - {""}:
-            return _fit_tree(groups, designs, sample_masks, options)
+            return _fit_tree(groups, given, cast("Any", sample_masks) or {}, options)
+        designs = given
+        runs = {label: run for label, (_, run) in groups.get("", {}).items()}
     plan = plan_fit(runs, designs, sample_masks=sample_masks, **options)
     return assemble(plan, [lazy_rows(one) for one in plan.runs])
 
 
 def _fit_tree(
-    groups: dict[str, dict[str, tuple[str, xr.Dataset]]],
-    designs: Any,
-    sample_masks: Any,
+    groups: RunsByFit,
+    design_of: Mapping[str, Any],
+    mask_of: Mapping[str, Any],
     options: dict[str, Any],
 ) -> xr.DataTree:
-    """Fit the runs of each subject and task together."""
-    design_of = _at_paths(designs, groups, "designs")
-    masks_of = {} if sample_masks is None else _at_paths(sample_masks, groups, "sample masks")
+    """Fit the runs of each subject and task together; designs and masks have their labels behind the path of the fit."""
     fits = {}
     for place, runs in groups.items():
-        paths = {label: path for label, (path, _) in runs.items()}
-        lacking = [path for path in paths.values() if path not in design_of]
+        names = {label: f"{place}/{label}".strip("/") for label in runs}
+        lacking = [path for label, (path, _) in runs.items() if names[label] not in design_of]
         if lacking:
             raise DesignError(
                 f"There is no design for {', '.join(map(repr, lacking))}. Give one for every run of the tree, with its path "
                 "as the key."
             )
-        run_designs = {label: design_of[path] for label, path in paths.items()}
-        run_masks = {label: masks_of.get(path) for label, path in paths.items()}
+        run_designs = {label: design_of[name] for label, name in names.items()}
+        run_masks = {label: mask_of.get(name) for label, name in names.items()}
         make = partial(fit, designs=run_designs, sample_masks=run_masks, **options)
-        fits[place or "."] = named(place, make, {label: run for label, (_, run) in runs.items()})
+        fits[place] = named(place, make, {label: run for label, (_, run) in runs.items()})
     return tree_of(fits)
 
 
-def _at_paths(given: Any, groups: dict[str, dict[str, tuple[str, xr.Dataset]]], what: str) -> dict[str, Any]:
-    """What is given for runs of a tree, by their paths in it."""
-    paths = [path for runs in groups.values() for path, _ in runs.values()]
+def _by_path(given: Any, groups: RunsByFit, paths: list[str], what: str) -> Any:
+    """What is given for the runs of a tree, by the path of the fit and the label of each run; not if it is for one run."""
+    name_of = {
+        path: f"{place}/{label}".strip("/")
+        for place, runs in groups.items()
+        for label, (path, _) in runs.items()
+    }
     if isinstance(given, Mapping):
         found = by_path(given)
-        if strangers := set(found) - set(paths):
+        if strangers := set(found) - set(name_of) - set(name_of.values()):
             raise InputError(
                 f"There are {what} for {', '.join(map(repr, sorted(strangers)))}, and the runs of the tree are "
                 f"{', '.join(map(repr, paths))}. Use these as keys."
             )
-        return found
+        return {name_of.get(path, path): one for path, one in found.items()}
+    if set(groups) <= {""}:
+        return given
     if not isinstance(given, list | tuple) or len(given) != len(paths):
         raise InputError(
             f"For a tree of {len(paths)} runs, the {what} are a mapping by path ({paths[0]!r}, ...) or a list in the order of "
-            "the runs, one for each."
+            "the runs in it, one for each."
         )
-    return dict(zip(paths, given, strict=True))
+    return {name_of[path]: one for path, one in zip(paths, given, strict=True)}
 
 
 class RunPlan(NamedTuple):

@@ -216,6 +216,10 @@ class _Inflater:
                 self._next(1)
         except (EOFError, OSError, zlib.error) as error:
             raise _cut_off(self._place, self._position, error) from error
+        except BaseException:
+            # The decompressor may have gone on without the count of its bytes: begin at a known place next time.
+            self._position = -1
+            raise
         if done < len(view):
             raise _cut_off(self._place, self._position, None)
 

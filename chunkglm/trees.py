@@ -62,15 +62,16 @@ def tree_of(datasets: Mapping[str, xr.Dataset]) -> xr.DataTree:
 
 def named(path: str, function: Callable[[Any], xr.Dataset], ds: Any) -> xr.Dataset:
     """Apply a function; errors and warnings begin with the place in a tree."""
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        try:
-            made = function(ds)
-        except ChunkGLMError as error:
-            raise type(error)(f"{path}: {error}") from error
-    for one in seen:
-        warnings.warn(f"{path}: {one.message}", one.category, stacklevel=4)
-    return made
+    seen: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            return function(ds)
+    except ChunkGLMError as error:
+        raise type(error)(f"{path}: {error}") from error
+    finally:
+        for one in seen:
+            warnings.warn(f"{path}: {one.message}", one.category, stacklevel=4)
 
 
 def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]]]:
@@ -89,7 +90,7 @@ def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]
     Raises
     ------
     InputError
-        If two runs would have the same label in one fit.
+        If two runs would have the same label in one fit, or runs stand at different levels.
     """
     found: dict[str, dict[str, tuple[str, xr.Dataset]]] = {}
     for path, run in datasets_of(tree).items():
@@ -99,6 +100,13 @@ def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]
                 f"The runs {found[fit][label][0]!r} and {path!r} of the tree would both be run {label}. Rename one of them."
             )
         found[fit][label] = path, run
+    for fit in found:
+        if above := [one for one in found if one != fit and (not one or fit.startswith(f"{one}/"))]:
+            first, second = (next(iter(found[one].values()))[0] for one in (above[0], fit))
+            raise InputError(
+                f"The tree has runs at other levels than others: {first!r} and {second!r}. Fit each part of it by itself, or "
+                "name the runs alike."
+            )
     return found
 
 

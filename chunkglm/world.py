@@ -26,14 +26,15 @@ WORLD = ("x_mm", "y_mm", "z_mm")
 
 
 def at(ds: Labelled, x: Millimetres, y: Millimetres, z: Millimetres) -> Labelled:
-    """Pick the voxels that lie nearest to points given in world millimetres.
+    """Pick the voxels in which points lie that are given in world millimetres.
 
     Parameters
     ----------
     ds : Dataset or DataArray
         On any grid, also oblique; or a slice of it.
     x, y, z : float or DataArray
-        Millimetres (RAS+). DataArrays are broadcast against each other, and their dims take the place of z, y and x.
+        Millimetres (RAS+). DataArrays are broadcast against each other, and their dims, which are others than those of
+        ``ds``, take the place of z, y and x.
 
     Returns
     -------
@@ -43,13 +44,24 @@ def at(ds: Labelled, x: Millimetres, y: Millimetres, z: Millimetres) -> Labelled
     Raises
     ------
     InputError
-        If a point lies outside of the grid (more than half a voxel from the nearest), or ``ds`` has no grid.
+        If a point lies outside of the grid (beyond the faces of its outermost voxels), dims of points are those of ``ds``,
+        or ``ds`` has no grid.
 
     Examples
     --------
     >>> cg.at(run, 40, -52, -18).bold.plot()  # doctest: +SKIP
     """
-    points = xr.broadcast(*(xr.DataArray(mm) for mm in (x, y, z)))
+    given = [xr.DataArray(mm) for mm in (x, y, z)]
+    if taken := {dim for one in given for dim in one.dims} & set(ds.dims):
+        raise InputError(
+            f"The points have the dim {', '.join(sorted(map(str, taken)))}, which is one of the data. Rename it: for example "
+            f"x.rename({min(map(str, taken))}='point')."
+        )
+    given = [one.drop_vars([name for name in (*SPACE, "grid") if name in one.coords]) for one in given]
+    try:
+        points = xr.broadcast(*xr.align(*given, join="exact"))
+    except ValueError as error:
+        raise InputError(f"x, y and z belong to other points, by their labels: {error}") from error
     numbers = dict(zip(SPACE[::-1], _voxels_at(grid_of(ds), [one.values for one in points]), strict=True))
     return ds.isel({dim: points[0].copy(data=numbers[dim]) for dim in SPACE if dim in ds.dims})
 
@@ -177,6 +189,10 @@ class _WorldIndex(CoordinateTransformIndex):
         return self
 
     def sel(self, labels: dict[Any, Any], method: str | None = None, tolerance: Any = None) -> Any:
+        if tolerance is not None:
+            raise InputError(
+                "World coordinates know no tolerance: a point in no voxel is refused. Leave it out."
+            )
         # xarray takes DataArrays only.
         points = {
             name: xr.DataArray(value) if np.ndim(value) == 0 else value for name, value in labels.items()

@@ -43,7 +43,8 @@ class NiftiBackend(BackendEntrypoint):
         """Open a NIfTI image.
 
         Only the header is read. With ``chunks={}`` a chunk is a block of whole volumes. A ``.nii.gz`` may be read in any
-        order: it is decompressed from its start once, and from places that were passed by then.
+        order: it is decompressed from its start once, and from places that were passed by then. To look at; for fits of
+        whole brains, convert: a run store has chunks of slices, and is fitted in blocks of these.
 
         Parameters
         ----------
@@ -154,7 +155,7 @@ def _dataset(place: Location) -> xr.Dataset:
 
 
 def _time_block(place: Location, itemsize: int) -> int:
-    """Volumes in a chunk: as many as in a run store, so that a fit has the same bits, if that is not too much memory."""
+    """Volumes in a chunk: as many as in a run store, if that is not too much memory."""
     fitting = BLOCK_BYTES // (math.prod(place.shape[1:]) * itemsize)
     return min(plan.bold_chunks(place.shape, itemsize).time, max(fitting, 1), place.shape[0])
 

@@ -6,7 +6,7 @@ import xarray as xr
 
 import chunkglm as cg
 from chunkglm import grids
-from chunkglm.errors import InputError
+from chunkglm.errors import GridMismatchError, InputError
 
 
 def drawn(figure, panel=0):
@@ -133,6 +133,20 @@ def test_time_course__refuses_a_fit_of_others(two_runs, two_designs, point):
         cg.time_course(two_runs, *point, fit=cg.contrast(fit, "DSt"))
     with pytest.raises(InputError, match="outside of the grid"):
         cg.time_course(two_runs, 1e4, 0, 0)
+    with pytest.raises(GridMismatchError, match="The fit has 9 voxels|The fit has"):
+        cg.time_course(two_runs, *point, fit=fit.isel(z=slice(2, 5)))
+
+
+def test_time_course__one_run_of_several_must_say_which_it_is(two_runs, two_designs, point):
+    """Its label would be 1, which is that of another run."""
+    fit = cg.fit(list(two_runs.values()), list(two_designs.values()))
+    with pytest.raises(InputError, match="which of them is given is not known"):
+        cg.time_course(two_runs["b"], *point, fit=fit)
+    assert len(cg.time_course(list(two_runs.values()), *point, fit=fit).axes) == 2
+    figure = cg.time_course({"2": two_runs["b"]}, *point, fit=fit.sel(run="2"))
+    X, percent = two_designs["b"].to_numpy(), drawn(figure)["signal"]
+    assert np.corrcoef(drawn(figure)["fitted model"], percent)[0, 1] > 0.3
+    assert len(drawn(figure)["fitted model"]) == len(X)
 
 
 def test_time_course__names_are_text_and_constant_voxels_are_drawn(volume):
@@ -157,3 +171,13 @@ def test_time_course__in_a_dataset_of_xarray_alone(two_runs, point):
     assert isinstance(run, xr.Dataset)
     figure = cg.time_course(run, *point)
     np.testing.assert_array_equal(figure.axes[0].get_lines()[0].get_xdata(), np.arange(60))
+    assert figure.axes[0].get_xlabel() == "volume"
+    assert (
+        cg.time_course(two_runs["a"].assign_coords(time=2.0 * np.arange(60)), *point).axes[0].get_xlabel()
+        == "s"
+    )
+
+
+def test_time_course__of_one_volume(volume):
+    figure = cg.time_course(volume(np.ones((1, 2, 2, 2))), 0, 0, 0)
+    figure._repr_png_()

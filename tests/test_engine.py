@@ -666,3 +666,38 @@ def test_real_recordings(real_data, tmp_path):
         assert_same_bits(opened(source)["bold"].isel(z=0, time=slice(None, None, -3)), values[::-3, 0])
         to_nifti(ds["bold"], tmp_path / f"{number}.nii")
         assert (tmp_path / f"{number}.nii").read_bytes() == gzip.decompress(source.read_bytes())
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 5, 9])
+def test_read__goes_on_right_after_it_was_interrupted(tmp_path, monkeypatch, stop_at):
+    """Ctrl-C arrives when the decompressor has gone on, and nothing has been counted yet."""
+    path = tmp_path / "a.nii.gz"
+    values = np.random.default_rng(0).integers(-999, 999, (64, 64, 40, 12)).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), path)
+    array = opened(path)["bold"]
+    calls = 0
+
+    class Interrupted:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def decompress(self, *arguments):
+            nonlocal calls
+            calls += 1
+            data = self.inner.decompress(*arguments)
+            if calls == stop_at:
+                raise KeyboardInterrupt
+            return data
+
+        def copy(self):
+            return Interrupted(self.inner.copy())
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    new = slabs._new_decompressor
+    monkeypatch.setattr(slabs, "_new_decompressor", lambda: Interrupted(new()))
+    with pytest.raises(KeyboardInterrupt):
+        array[:10].compute()
+    np.testing.assert_array_equal(array[11].values, values[..., 11].T)
+    np.testing.assert_array_equal(opened(path)["bold"][4:].values, values[..., 4:].T)

@@ -64,6 +64,8 @@ def data_paths(tree):
         ("task-rest_run-1", "task-rest/run-1"),
         ("sub-01/ses-2/run-10.zarr", "sub-01/ses-2/run-10"),
         ("sub-01/sub-01_task-rest", "sub-01/task-rest"),
+        ("sub-01/func/sub-01_task-rest_run-2_bold", "sub-01/task-rest/run-2"),
+        ("sub-01_task-a_run-1_space-MNI_desc-preproc_bold", "sub-01/task-a/run-1_space-MNI_desc-preproc"),
     ],
 )
 def test_tree_path__subject_session_task_and_the_rest(place, path):
@@ -81,6 +83,11 @@ def test_tree_path__subject_session_task_and_the_rest(place, path):
         ("sub-01/ses-2", "sub-01", "ses-2"),
         ("sub-01/task-rest", "sub-01/task-rest", "1"),
         ("patients/mary/run-3", "patients/mary", "3"),
+        ("run-a_b", "", "a_b"),
+        ("sub-01/task-a/acq-x_run-1", "sub-01/task-a", "acq-x_run-1"),
+        ("sub-01/task-a/run-1_space-MNI_desc-preproc", "sub-01/task-a/space-MNI_desc-preproc", "1"),
+        ("sub-01/task-a/run-1_echo-2", "sub-01/task-a/echo-2", "1"),
+        ("run-1_desc-smooth", "desc-smooth", "1"),
     ],
 )
 def test_fit_and_label__runs_of_one_subject_and_task(path, fit, label):
@@ -122,7 +129,6 @@ def test_open_study__flat_names_and_folders_give_the_same_tree(study, tmp_path):
         folder / "sub-2",
         folder / "sub-2" / "task-a",
     ):
-        shutil.copy(folder / "sub-1/task-a/run-1/zarr.json", inner / "zarr.json")
         (inner / "zarr.json").write_text(
             '{"zarr_format": 3, "node_type": "group", "attributes": {"chunkglm_study": true}}'
         )
@@ -151,6 +157,9 @@ def test_open_study__what_else_lies_there_is_no_part(study):
     (folder / "notes.txt").write_text("later")
     (folder / "run-2.partial").mkdir()
     (folder / "other").mkdir()
+    (folder / "sub-01_task-x_bold.json").write_text("{}")
+    (folder / "sub-02" / "anat").mkdir(parents=True)
+    (folder / "sub-03" / "run-1.partial").mkdir(parents=True)
     assert data_paths(cg.open_study(folder)) == ["run-1"]
 
 
@@ -365,3 +374,101 @@ def test_fixed_effects__of_runs_that_xarray_joined_outer_are_refused(two_runs, t
         cg.fixed_effects(joined)
     fine = xr.concat([contrasts[0], moved], "run", join="override", data_vars="all")
     assert int(cg.fixed_effects(fine).n_runs.max()) == 2
+
+
+# ------------------------------------------------------------------------------------------------------- plain folders
+
+
+@pytest.mark.parametrize(
+    "name", ["sub-01.zarr", "task-rest.zarr", "plain", "plain/sub-01", "memory://bucket/sub-01.zarr"]
+)
+def test_convert__a_folder_of_stores_is_a_study_whatever_its_name(tmp_path, name):
+    mask = tmp_path / "mask.nii.gz"
+    write_simulated_run(tmp_path / "run.nii.gz", None, mask, shape=(5, 6, 7), n_volumes=30)
+    folder = name if "://" in name else tmp_path / name
+    for number in (1, 2):
+        cg.convert(tmp_path / "run.nii.gz", f"{folder}/run-{number}", mask=mask)
+    assert data_paths(cg.open_study(folder)) == ["run-1", "run-2"]
+    cg.verify(folder)
+    with pytest.raises(StoreError, match="study with several runs"):
+        cg.open_run(folder)
+    with pytest.raises(StoreExistsError, match="stores of its own, so it is not replaced"):
+        cg.convert(tmp_path / "run.nii.gz", folder, mask=mask, overwrite=True)
+    assert data_paths(cg.open_study(folder)) == ["run-1", "run-2"]
+
+
+def test_convert__a_study_named_after_a_subject_opens_with_plain_xarray(tmp_path, store):
+    write_simulated_run(
+        tmp_path / "run.nii.gz", None, tmp_path / "mask.nii.gz", shape=(5, 6, 7), n_volumes=30
+    )
+    cg.convert(
+        tmp_path / "run.nii.gz", tmp_path / "sub-01.zarr" / "ses-1" / "run-1", mask=tmp_path / "mask.nii.gz"
+    )
+    with xr.open_datatree(tmp_path / "sub-01.zarr", engine="zarr", consolidated=False) as plain:
+        assert "bold" in plain["ses-1/run-1"].data_vars
+
+
+@pytest.mark.parametrize("target", ["fits", "fits.zarr", "memory://trees/fits"])
+def test_save__of_a_tree_anywhere_gives_what_was_saved(tmp_path, target):
+    place = target if "://" in target else str(tmp_path / target)
+    first = cg.save(tree_of({"task-x/sub-01": xr.Dataset({"a": 1})}), place)
+    second = cg.save(tree_of({"task-x/sub-02": xr.Dataset({"a": 2})}), place)
+    assert (data_paths(first), data_paths(second)) == (["task-x/sub-01"], ["task-x/sub-02"])
+    assert data_paths(cg.open_study(place)) == ["sub-01/task-x", "sub-02/task-x"]
+
+
+def test_open_study__a_table_of_points_is_no_obstacle(two_runs, tmp_path):
+    run = two_runs["a"][["mask"]]
+    x = xr.DataArray([run.x[0], run.x[3], run.x[4]], dims="point")
+    cg.save(cg.at(run, x, float(run.y[2]), float(run.z[2])), tmp_path / "maps.zarr" / "sub-1_desc-peaks")
+    cg.save(run.isel(x=[0, 1, 4]), tmp_path / "maps.zarr" / "sub-1_desc-some")
+    assert data_paths(cg.open_study(tmp_path / "maps.zarr")) == ["sub-1/desc-peaks", "sub-1/desc-some"]
+
+
+def test_open_study__no_store_lies_in_another_however_deep(study):
+    with pytest.raises(StoreError, match="inside of .*sub-01, which is a store itself"):
+        cg.open_study(study("sub-01", "sub-01_ses-1_task-x_run-1"))
+
+
+def test_fit__lists_are_in_the_order_of_the_tree(two_runs, make_design):
+    runs = [two_runs["a"][["bold", "mask"]].isel(time=slice(n)) for n in (60, 58, 56, 54)]
+    paths = [f"sub-1/ses-{session}/task-{task}/run-1" for session in (1, 2) for task in "xy"]
+    tree = tree_of(dict(zip(paths, runs, strict=True)))
+    designs = [make_design(n, seed=n) for n in (60, 58, 56, 54)]
+    listed = cg.fit(tree, designs, sample_masks=[np.arange(50 - k) for k in range(4)])
+    by_path = cg.fit(tree, dict(zip(paths, designs, strict=True)))
+    assert data_paths(listed) == ["sub-1/task-x", "sub-1/task-y"]
+    for path in data_paths(listed):
+        np.testing.assert_array_equal(listed[path].design, by_path[path].design)
+    assert listed["sub-1/task-y"].sample_mask.sum("volume").values.tolist() == [49, 47]
+
+
+def test_fit__designs_of_a_flat_tree_by_path_or_label(two_runs, two_designs):
+    tree = tree_of({f"run-{label}": run[["bold", "mask"]] for label, run in two_runs.items()})
+    by_label = cg.fit(tree, two_designs)
+    by_path = cg.fit(tree, {f"run-{label}": design for label, design in two_designs.items()})
+    xr.testing.assert_identical(by_label.compute(), by_path.compute())
+    assert by_label.run.values.tolist() == ["a", "b"]
+
+
+def test_fit__versions_of_one_recording_are_not_combined(two_runs, two_designs):
+    run, design = two_runs["a"][["bold", "mask"]], two_designs["a"]
+    tree = tree_of({f"sub-1/task-x/run-1_echo-{echo}": run for echo in (1, 2)})
+    fits = cg.fit(tree, [design, design])
+    assert data_paths(fits) == ["sub-1/task-x/echo-1", "sub-1/task-x/echo-2"]
+    assert fits["sub-1/task-x/echo-1"].sizes["run"] == 1
+
+
+def test_fit__runs_at_different_levels_are_refused(two_runs, two_designs):
+    tree = tree_of({"run-1": two_runs["a"], "sub-1/run-1": two_runs["b"]})
+    with pytest.raises(InputError, match="'run-1' and 'sub-1/run-1'"):
+        cg.fit(tree, list(two_designs.values()))
+
+
+def test_fit__warnings_are_not_lost_with_an_error(tree, designs):
+    path = "sub-10/task-a/run-3"
+    doubled = designs[path].assign(again=designs[path]["DSt"])
+    with pytest.warns(ChunkGLMWarning, match="^sub-10/task-a"):
+        fits = cg.fit(tree, designs | {path: doubled})
+    with pytest.raises(ContrastError, match="^task-a: "):
+        cg.contrast(fits["sub-10"], "again")

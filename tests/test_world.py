@@ -251,3 +251,21 @@ def test_world__is_not_stored(tmp_path, affine):
     opened = cg.open_store(tmp_path / "map.zarr")
     assert not set(WORLD) & set(opened.variables)
     xr.testing.assert_equal(opened.compute(), ds.drop_vars(WORLD))
+
+
+def test_at__points_that_are_coordinates_of_the_data():
+    array = volume_on(AFFINES["aligned"])
+    with pytest.raises(InputError, match=r"dim x, y, z.*x.rename\(x='point'\)"):
+        cg.at(array, array.x[:2], array.y[:2], array.z[:2])
+    x, y, z = (array[axis][:2].rename({axis: "point"}) for axis in "xyz")
+    with pytest.raises(InputError, match="belong to other points"):
+        cg.at(array, x, y, z)
+    x, y, z = (one.drop_vars("point") for one in (x, y, z))
+    assert cg.at(array, x, y, z).values.tolist() == [float(array[n, n, n]) for n in (0, 1)]
+    one = array.isel(x=1, y=2, z=3)
+    assert float(cg.at(array, one.x, one.y, one.z)) == float(one)
+
+
+def test_world__knows_no_tolerance():
+    with pytest.raises(InputError, match="no tolerance"):
+        cg.world(volume_on(AFFINES["aligned"])).sel(x_mm=0, y_mm=0, z_mm=0, method="nearest", tolerance=0.1)

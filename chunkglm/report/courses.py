@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xarray as xr
 
 from chunkglm.errors import InputError
-from chunkglm.glm import designs_of, kept_of, label_runs
+from chunkglm.glm import check_same_voxels, designs_of, kept_of, label_runs
 from chunkglm.grids import grid_of, world_of
 from chunkglm.report.cuts import millimetres
 from chunkglm.report.figures import figure_class
@@ -52,7 +53,8 @@ def time_course(
         World millimetres; the nearest voxel is drawn.
     fit : Dataset, optional
         A fit of these runs, with their labels, perhaps saved and opened again. The signal is then in the units of the fit:
-        percent of the voxel's or the run's mean over the kept volumes (for the run's mean, all of the run is read).
+        percent of the voxel's or the run's mean over the kept volumes (for the run's mean, all of the run is read). Of
+        fewer runs than the fit has, give a mapping or tree with their labels.
     title : str, optional
         By default where the voxel lies.
 
@@ -65,23 +67,28 @@ def time_course(
     ------
     InputError
         If the point lies outside of the grid, or the fit has no run of that label.
+    GridMismatchError
+        If fit and runs lie on different grids.
     MissingDependencyError
         If matplotlib (extra ``report``) is not installed.
     """
     figure_class()
     labelled = label_runs(runs)
     if fit is not None:
-        _check_labels(labelled, fit)
+        fit = fit.expand_dims("run") if "run" in fit.coords and "run" not in fit.dims else fit
+        _check_fit(runs, labelled, fit)
     courses = [_course(label, run, (x, y, z), fit) for label, run in labelled.items()]
     if not isinstance(runs, xr.Dataset):
         courses = [course._replace(label=f"run {course.label}") for course in courses]
     where = world_of(grid_of(at(next(iter(labelled.values())), x, y, z)), (0, 0, 0))
     place = f"({', '.join(millimetres(where))}) mm"
     scaling = "" if fit is None else str(fit.attrs.get("signal_scaling", ""))
-    return _draw(courses, title or f"Voxel at {place}", UNITS.get(scaling, "signal"))
+    unit_of_time = "s" if all(map(_has_times, labelled.values())) else "volume"
+    return _draw(courses, title or f"Voxel at {place}", (unit_of_time, UNITS.get(scaling, "signal")))
 
 
-def _check_labels(runs: dict[str, xr.Dataset], fit: xr.Dataset) -> None:
+def _check_fit(given: Runs, runs: dict[str, xr.Dataset], fit: xr.Dataset) -> None:
+    """Refuse a fit of other runs, of another grid, or whose runs cannot be told apart."""
     if "beta" not in fit or "run" not in fit.dims:
         raise InputError("The fit has no 'beta' over 'run'. Give a fit, as chunkglm.fit makes it.")
     have = [str(label) for label in fit["run"].values]
@@ -90,14 +97,21 @@ def _check_labels(runs: dict[str, xr.Dataset], fit: xr.Dataset) -> None:
             f"The fit has the runs {', '.join(have)}, and none labelled {', '.join(missing)}. Give the runs as a mapping with "
             "the labels of the fit: time_course({'2': run}, x, y, z, fit=fit)."
         )
+    labelled = isinstance(given, Mapping | xr.DataTree) and not isinstance(given, xr.Dataset)
+    if not labelled and len(runs) < len(have):
+        raise InputError(
+            f"The fit has the runs {', '.join(have)}, and which of them is given is not known. Give a mapping with its label: "
+            f"time_course({{{have[-1]!r}: run}}, x, y, z, fit=fit)."
+        )
+    first = next(iter(runs))
+    check_same_voxels(fit, runs[first], "The fit", f"run {first}")
 
 
 def _course(label: str, run: xr.Dataset, point: tuple[float, float, float], fit: xr.Dataset | None) -> Course:
     """Read the voxel in one run."""
     signal = at(run[["bold"]], *point)["bold"].values.astype(np.float64)
     n = len(signal)
-    has_time = "time" in run.coords and run["time"].dtype.kind in "iuf"
-    time = run["time"].values.astype(np.float64) if has_time else np.arange(n, dtype=np.float64)
+    time = run["time"].values.astype(np.float64) if _has_times(run) else np.arange(n, dtype=np.float64)
     if fit is None:
         return Course(label, time, signal, None, np.ones(n, dtype=bool))
     one = fit.sel(run=[label])
@@ -112,6 +126,10 @@ def _course(label: str, run: xr.Dataset, point: tuple[float, float, float], fit:
     return Course(label, time, signal if mean is None else 100 * (signal / mean - 1), fitted, kept)
 
 
+def _has_times(run: xr.Dataset) -> bool:
+    return "time" in run.coords and run["time"].dtype.kind in "iuf"
+
+
 def _mean_of(scaling: str, run: xr.Dataset, fit: xr.Dataset, kept: Any, signal: Any) -> float | None:
     """What the signal was scaled by; None for nothing."""
     if scaling == "voxel":
@@ -123,13 +141,13 @@ def _mean_of(scaling: str, run: xr.Dataset, fit: xr.Dataset, kept: Any, signal: 
     return None
 
 
-def _draw(courses: list[Course], title: str, units: str) -> Figure:
+def _draw(courses: list[Course], title: str, units: tuple[str, str]) -> Figure:
     row = ROW if len(courses) > 2 else 1.6 * ROW
     height = HEAD + FOOT + row * len(courses)
     figure = figure_class()(figsize=(WIDTH, height), facecolor="white")
     figure.text(0.02, 1 - 0.1 / height, title, va="top", fontsize=11, parse_math=False)
     low, high = _limits(courses)
-    longest = max(course.time[-1] for course in courses)
+    longest = max(float(course.time[-1]) for course in courses) or 1.0
     for number, course in enumerate(courses):
         bottom = FOOT + row * (len(courses) - 1 - number)
         box = (0.09, (bottom + 0.05) / height, 0.89, (row - 0.12) / height)
@@ -140,10 +158,12 @@ def _draw(courses: list[Course], title: str, units: str) -> Figure:
         last = number == len(courses) - 1
         axes.tick_params(labelsize=7, length=2, labelbottom=last)
         if last:
-            axes.set_xlabel("s", fontsize=8)
+            axes.set_xlabel(units[0], fontsize=8)
         if number == 0:
             _legend(figure, axes, height)
-    figure.text(0.012, (FOOT + row * len(courses) / 2) / height, units, rotation=90, va="center", fontsize=8)
+    figure.text(
+        0.012, (FOOT + row * len(courses) / 2) / height, units[1], rotation=90, va="center", fontsize=8
+    )
     return figure
 
 

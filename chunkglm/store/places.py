@@ -13,7 +13,7 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from chunkglm import chunkfiles
-from chunkglm.entities import is_member
+from chunkglm.entities import FUNCTIONAL, is_member
 from chunkglm.errors import StoreError, StoreExistsError
 from chunkglm.schema import FORMAT_VERSION
 
@@ -82,9 +82,16 @@ def root_attributes(name: str) -> dict[str, Any]:
 
 def looks_like_store(backend: zarr.abc.store.Store) -> bool:
     """Whether there is a group, or only the arrays of one that has lost its root, or nothing at all."""
-    return read_file(backend, ROOT) is not None or all(
-        read_file(backend, f"{member}/{ROOT}") is not None for member in list_files(backend, top=True)
-    )
+    if read_file(backend, ROOT) is not None:
+        return True
+    return all(_is_array(backend, member) for member in list_files(backend, top=True))
+
+
+def _is_array(backend: zarr.abc.store.Store, member: str) -> bool:
+    try:
+        return bool(json.loads(read_file(backend, f"{member}/{ROOT}") or b"")["node_type"] == "array")
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def exists(store: StoreLike) -> bool:
@@ -96,8 +103,35 @@ def exists(store: StoreLike) -> bool:
 
 
 def is_study(store: StoreLike) -> bool:
-    """Whether ``store`` is a group of run stores."""
-    return bool(root_attributes(store_name(store)).get(STUDY))
+    """Whether ``store`` is a folder of stores: a group that says so, or a plain folder with stores in it."""
+    name = store_name(store)
+    if STUDY in root_attributes(name):
+        return True
+    there = is_url(name) or Path(name).is_dir()
+    return there and read_file(backend_of(name, read_only=True), ROOT) is None and bool(members(name))
+
+
+def members(name: str) -> list[str]:
+    """List the places of all stores below a folder, also of those that lost their root or have another.
+
+    Folders for entities are looked into, whether or not they are groups; what is not a store is passed over.
+    """
+    places = []
+    for member in list_files(backend_of(name, read_only=True), top=True):
+        child = f"{name}/{member}"
+        if not (is_member(member) or member == FUNCTIONAL) or member.endswith(chunkfiles.PARTIAL):
+            continue
+        if not is_url(child) and not Path(child).is_dir():
+            continue
+        backend, attributes = backend_of(child, read_only=True), root_attributes(child)
+        has_root = read_file(backend, ROOT) is not None
+        if STUDY not in attributes and (
+            has_root or any(_is_array(backend, one) for one in list_files(backend, top=True))
+        ):
+            places.append(member)
+        else:
+            places += [f"{member}/{place}" for place in members(child)]
+    return places
 
 
 def check_free(store: StoreLike, *, overwrite: bool) -> None:
@@ -141,7 +175,7 @@ def _is_being_built(name: str) -> bool:
 def study_folders(parent: str) -> list[str]:
     """Folders that become groups with a store in ``parent``: ``*.zarr``, and those for entities that lie between."""
     between = []
-    while is_member(parent.rpartition("/")[2]):
+    while is_member(parent.rpartition("/")[2]) and not parent.endswith(".zarr"):
         between.append(parent)
         parent = parent.rpartition("/")[0]
     return [*between, parent] if parent.endswith(".zarr") else []

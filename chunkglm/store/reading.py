@@ -19,8 +19,14 @@ from dask.local import get_sync
 
 from chunkglm import chunkfiles, grids, nifti, plan
 from chunkglm.chunkfiles import PARTIAL, Entry
-from chunkglm.entities import is_member, natural, tree_path
-from chunkglm.errors import DamagedStoreError, IncompleteStoreError, SourceNotFoundError, StoreError
+from chunkglm.entities import natural, tree_path
+from chunkglm.errors import (
+    DamagedStoreError,
+    IncompleteStoreError,
+    InputError,
+    SourceNotFoundError,
+    StoreError,
+)
 from chunkglm.schema import RUN, SPACE, canonical_json, check_format_version, require
 from chunkglm.store.manifest import (
     MANIFEST,
@@ -42,6 +48,7 @@ from chunkglm.store.places import (
     is_url,
     list_files,
     looks_like_store,
+    members,
     read_file,
     root_attributes,
     store_name,
@@ -183,6 +190,8 @@ def _not_a_folder(name: str) -> StoreError | SourceNotFoundError:
 def _without_root(name: str, backend: zarr.abc.store.Store) -> StoreError | SourceNotFoundError:
     if is_url(name) and not list_files(backend, top=True):
         return SourceNotFoundError(f"There is no store {name}. Check the URL.")
+    if is_study(name):
+        return _is_a_study(name)
     if not looks_like_store(backend) or not list_files(backend, top=True):
         return IncompleteStoreError(
             f"{name} is not a store: it is a folder without {ROOT}. Check the path; chunkglm convert makes stores."
@@ -193,12 +202,15 @@ def _without_root(name: str, backend: zarr.abc.store.Store) -> StoreError | Sour
     )
 
 
+def _is_a_study(name: str) -> StoreError:
+    return StoreError(
+        f"{name} is a study with several runs. Open it with open_study, or give one of its runs ({name}/run-...)."
+    )
+
+
 def _not_sealed(name: str, metadata: dict[str, Any], backend: zarr.abc.store.Store) -> StoreError:
     if metadata["attributes"].get(STUDY):
-        return StoreError(
-            f"{name} is a study with several runs. Open it with open_study, or give one of its runs "
-            f"({name}/run-...)."
-        )
+        return _is_a_study(name)
     if read_file(backend, MANIFEST_FILES[0]) is not None:
         return _damaged(name, [f"{ROOT} has no attribute {SEAL} any more"])
     kind = metadata.get("node_type", "file")
@@ -389,7 +401,8 @@ def open_study(store: StoreLike) -> xr.DataTree:
     ----------
     store : path or URL
         A folder of stores whose names begin with BIDS entities: ``run-1``, ``sub-01_ses-2_task-rest_run-1``, or in folders
-        of their own, ``sub-01/run-1``. Others that lie there are no part of it.
+        of their own, ``sub-01/run-1`` or ``sub-01/func/sub-01_run-1``. What else lies there is no part of it, nor is a
+        store that is being written.
 
     Returns
     -------
@@ -420,7 +433,8 @@ def open_study(store: StoreLike) -> xr.DataTree:
             )
         place_of[path] = place
     for path, place in place_of.items():
-        above = [path.rpartition("/")[0], path.rpartition("/")[0].rpartition("/")[0]]
+        parts = path.split("/")
+        above = ["/".join(parts[:depth]) for depth in range(1, len(parts))]
         if parent := next((one for one in above if one in place_of), None):
             raise StoreError(
                 f"{name}/{place} would lie in the study inside of {name}/{place_of[parent]}, which is a store itself. "
@@ -435,10 +449,11 @@ def _with_equal_labels(opened: dict[str, xr.Dataset]) -> dict[str, xr.Dataset]:
     firsts: list[tuple[grids.Grid, xr.Dataset]] = []
     made = {}
     for path, ds in opened.items():
-        if "grid" not in ds.coords:
+        try:
+            grid = grids.grid_of(ds)
+        except InputError:  # a table of points, or anything else
             made[path] = ds
             continue
-        grid = grids.grid_of(ds)
         first = next((one for known, one in firsts if grids.same_grid(grid, known)), None)
         if first is None:
             firsts.append((grid, ds))
@@ -479,24 +494,13 @@ def study_members(store: StoreLike) -> list[str]:
         raise SourceNotFoundError(
             f"There is no study {name}. Check the path; chunkglm convert and run make studies."
         )
-    places = _members(name)
+    places = members(name)
     if not places:
         raise SourceNotFoundError(
             f"{name} holds no run stores (groups named run-<label>, or by other BIDS entities). Convert runs into it: "
             f"chunkglm convert RUN.nii.gz {name}/run-1."
         )
     return sorted(places, key=natural)
-
-
-def _members(name: str) -> list[str]:
-    """Places of all stores below ``name``, also of those that are not complete."""
-    places = []
-    for member in list_files(backend_of(name, read_only=True), top=True):
-        if not is_member(member) or member.endswith(PARTIAL):
-            continue
-        inner = _members(f"{name}/{member}") if is_study(f"{name}/{member}") else [""]
-        places += [f"{member}/{place}".rstrip("/") for place in inner]
-    return places
 
 
 def verify(store: StoreLike) -> None:

@@ -20,10 +20,10 @@ from chunkglm.schema import FORMAT_VERSION, SPACE, canonical_json, text_labels
 from chunkglm.store.manifest import HEADER, OWN_VARIABLES
 from chunkglm.store.places import MADE_OF, is_url, store_name
 from chunkglm.store.reading import made_of as _made_of
-from chunkglm.store.reading import open_checked, open_store, open_study
+from chunkglm.store.reading import open_checked, open_store
 from chunkglm.store.site import differences, hash_of, is_up_to_date
 from chunkglm.store.writing import is_stored_as_it_is, writing
-from chunkglm.trees import datasets_of
+from chunkglm.trees import datasets_of, tree_of
 from chunkglm.world import WORLD
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def save(
         by their dask names, which for data from chunkglm's stores are hashes of it. World coordinates are left out. Of a
         tree, as of several subjects, every dataset gets a store of its own, one after another.
     store : path or URL
-        For a tree, the folder of these stores, which :func:`chunkglm.open_study` opens.
+        For a tree, the folder of these stores, which :func:`chunkglm.open_study` opens; plain xarray does so too if it is
+        named ``*.zarr``.
     overwrite : bool
         Replace an existing store, also one of the same content.
     resume : bool
@@ -119,9 +120,7 @@ def _save_tree(tree: xr.DataTree, store: StoreLike, **options: Any) -> xr.DataTr
             f"nodes, which must begin with an entity: {', '.join(f'{key}-' for key in ENTITIES[:4])} and so on. Rename the "
             "nodes, or save each dataset by itself."
         )
-    for path, ds in nodes.items():
-        save(ds, f"{store_name(store)}/{path}", **options)
-    return open_study(store)
+    return tree_of({path: save(ds, f"{store_name(store)}/{path}", **options) for path, ds in nodes.items()})
 
 
 def is_saved(ds: xr.Dataset, store: StoreLike) -> bool:
