@@ -200,7 +200,7 @@ def test_fit_at__voxels_do_not_meet():
     """In any order, and any number together: beyond the size of a tile too."""
     rng = np.random.default_rng(3)
     _, X, _, kept, _ = problem(3, 3, 0.8)
-    n = glm.SOLVE_TILE + 7
+    n = glm.TILE + 7
     y, rho = 100 + rng.standard_normal((len(X), n)), coefficients(rng, 3, n)
     basis = make_basis(X, kept, order=3)
     whole = glm.fit_at(signal_of(basis, y), basis, rho, 1)
@@ -601,7 +601,7 @@ def test_effective_dof__of_higher_orders_is_the_formula(q, kept):
         assert got[v] == pytest.approx(2 / (2 / 104 + gradient @ covariance[0] @ gradient), rel=1e-6)
         assert got[v] < 104
     assert np.isnan(got[2])
-    many = np.repeat(rho[:, :1], glm.SOLVE_TILE + 3, axis=1)
+    many = np.repeat(rho[:, :1], glm.TILE + 3, axis=1)
     np.testing.assert_allclose(
         glm.effective_dofs(basis, [rows], many, frequencies, 104)[0], got[0], rtol=1e-10
     )

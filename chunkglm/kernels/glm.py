@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 TILE = 2048
 """Voxels that are solved for at a time where only sums over regressors are needed: these stay in the cache."""
 
-SOLVE_TILE = 256
-"""Voxels whose normal equations are solved at a time: their matrices stay in the cache."""
+SOLVE_BYTES = 8 * 2**20
+"""Size of the normal equations that are solved at a time. In larger steps than what stays in the cache: threads that work on
+little at a time wait for each other."""
 
 NO_RESIDUAL = 8 * np.finfo(np.float64).eps
 """A residual sum of squares below this part of the total, for each volume, is rounding."""
@@ -139,7 +140,7 @@ def fit_at(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
     Fit
         ``sigma2`` is NaN where the residual is rounding.
     """
-    solve, size = _solve, SOLVE_TILE
+    solve, size = _solve, _solve_tile(basis)
     if basis.order == 0:
         solve, size = _solve_white, TILE
     elif basis.order == 1 and basis.gapless:
@@ -154,6 +155,11 @@ def fit_at(signal: Signal, basis: Basis, rho: Floats, dof: int) -> Fit:
         beta[:, tile] = basis.to_beta @ coordinates
     residual = np.where(residual > _rounding(signal, basis), residual, np.nan)
     return Fit(beta, residual / dof)
+
+
+def _solve_tile(basis: Basis) -> int:
+    """Voxels whose normal equations are solved at a time."""
+    return int(np.clip(SOLVE_BYTES // (8 * basis.rank * (basis.rank + 1)), 64, TILE))
 
 
 def _solve_white(signal: Signal, basis: Basis, rho: Floats) -> tuple[Floats, Floats]:  # noqa: ARG001  (one signature)
@@ -217,7 +223,7 @@ def contrast_covariances(basis: Basis, weights: Sequence[Floats], rho: Floats) -
     flat = rho.reshape(basis.order, -1)
     solve = _covariances_ar1 if basis.order == 1 and basis.gapless else _covariances
     out = [np.empty((len(one), len(one), flat.shape[1])) for one in rotated]
-    size = TILE if solve is _covariances_ar1 else SOLVE_TILE
+    size = TILE if solve is _covariances_ar1 else _solve_tile(basis)
     for start in range(0, flat.shape[1], size):
         tile = slice(start, start + size)
         for target, found in zip(out, solve(basis, rotated, flat[:, tile]), strict=True):
@@ -331,14 +337,13 @@ def effective_dofs(
     else:
         flat = rho.reshape(len(rho), -1)
         variances = [np.empty(flat.shape[1]) for _ in weights]
-        for start in range(0, flat.shape[1], SOLVE_TILE):
-            tile = flat[:, start : start + SOLVE_TILE]
+        size = _solve_tile(basis)
+        for start in range(0, flat.shape[1], size):
+            tile = flat[:, start : start + size]
             covariance, slope = coefficient_covariance(tile, uncertainty)
             for variance, one in zip(variances, weights, strict=True):
                 gradient = _log_determinant_slope(basis, one, tile) / len(one) + slope
-                variance[start : start + SOLVE_TILE] = np.einsum(
-                    "iv,vij,jv->v", gradient, covariance, gradient
-                )
+                variance[start : start + size] = np.einsum("iv,vij,jv->v", gradient, covariance, gradient)
         variances = [variance.reshape(rho.shape[1:]) for variance in variances]
     return [2 / (2 / dof + variance) for variance in variances]
 
