@@ -220,7 +220,9 @@ def fit_memory_per_thread(
     """
     voxels = chunks.z * chunks.y * chunks.x
     rows = (order + 3) * n_regressors + 2 * order * n_censored + 5 * order + 24
-    return voxels * (chunks.time * (itemsize + 8) + 8 * rows)
+    # Normal equations of some voxels, as a matrix, with the other side, and factorised.
+    solving = 24 * MIB if order > 1 or n_censored else 0
+    return voxels * (chunks.time * (itemsize + 8) + 8 * rows) + solving
 
 
 def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: str) -> int:
