@@ -126,9 +126,7 @@ def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axi
             "known. Keep the coordinates x, y and z with their attributes (no drop=True when selecting), or give them "
             "back with data.assign_coords(run.mask.coords)."
         )
-    values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
-    if coordinate.attrs["units"] == "mm":
-        values = (values - affine[axis, 3]) / affine[axis, axis]
+    values = _exact_numbers(coordinate, affine, axis)
     numbers = np.rint(values)
     known = values.size > 0 and coordinate.dims in {(), (dim,)} and bool(np.isfinite(values).all())
     on_voxels = known and np.abs(values - numbers).max() <= 0.05
@@ -139,6 +137,14 @@ def _first_and_step(obj: xr.Dataset | xr.DataArray, dim: str, affine: Array, axi
             f"them. {_why_uneven(dim, np.atleast_1d(coordinate.values), numbers, known=known, on_voxels=on_voxels)}"
         )
     return int(numbers[0]), int(steps[0]) if steps.size else 1
+
+
+def _exact_numbers(coordinate: xr.DataArray, affine: Array, axis: int) -> NDArray[np.float64]:
+    """Numbers in the source grid, before they are rounded, of the voxels that have these labels."""
+    values = np.atleast_1d(np.asarray(coordinate.values, dtype=np.float64))
+    if coordinate.attrs["units"] == "mm":
+        values = (values - affine[axis, 3]) / affine[axis, axis]
+    return values
 
 
 def _why_uneven(dim: str, labels: Array, numbers: Array, *, known: bool, on_voxels: bool) -> str:
@@ -168,9 +174,7 @@ def check_no_voxel_twice(obj: xr.Dataset | xr.DataArray, what: str) -> None:
         labels = obj.coords.get(dim)
         if labels is None or labels.dims != (dim,) or labels.attrs.get("units") not in {"mm", "voxel"}:
             continue
-        values = labels.values.astype(np.float64)
-        if labels.attrs["units"] == "mm":
-            values = (values - affine[axis, 3]) / affine[axis, axis]
+        values = _exact_numbers(labels, affine, axis)
         numbers = np.rint(values)
         if np.unique(numbers).size < np.unique(values).size and np.abs(values - numbers).max() <= 0.05:
             raise GridMismatchError(
@@ -198,11 +202,16 @@ def with_space(array: xr.DataArray) -> xr.DataArray:
     return array
 
 
+def corners(grid: Grid) -> NDArray[np.float64]:
+    """Millimetres of the centres of the eight outermost voxels, shape (3, 8)."""
+    numbers = np.array(np.meshgrid(*[(0, n - 1) for n in grid.shape[::-1]], [1], indexing="ij"))
+    world: NDArray[np.float64] = grid.affine[:3] @ numbers.reshape(4, -1)
+    return world
+
+
 def corners_apart(one: Grid, other: Grid) -> float:
     """Largest distance in millimetres between equal corners of two grids of one shape."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in other.shape[::-1]], [1], indexing="ij"))
-    apart = ((one.affine - other.affine) @ corners.reshape(4, -1))[:3]
-    return float(np.linalg.norm(apart, axis=0).max())
+    return float(np.linalg.norm(corners(one) - corners(other), axis=0).max())
 
 
 def same_grid(one: Grid, other: Grid) -> bool:

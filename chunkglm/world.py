@@ -9,7 +9,7 @@ import xarray as xr
 from xarray.indexes import CoordinateTransform, CoordinateTransformIndex
 
 from chunkglm.errors import InputError
-from chunkglm.grids import Grid, check_same_grid, grid_of, same_grid, world_of
+from chunkglm.grids import Grid, check_same_grid, corners, grid_of, same_grid, world_of
 from chunkglm.schema import SPACE
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def world(ds: Labelled) -> Labelled:
 
 
 def _voxels_at(grid: Grid, points: list[Any]) -> list[NDArray[np.intp]]:
-    """Numbers along x, y and z of the voxels nearest to points in millimetres."""
+    """Numbers along x, y and z of the voxels in which points in millimetres lie."""
     x, y, z = (np.asarray(mm, dtype=np.float64) for mm in points)
     inverse = np.linalg.inv(grid.affine)
     exact = [row[0] * x + row[1] * y + row[2] * z + row[3] for row in inverse[:3]]
@@ -116,10 +116,8 @@ def _voxels_at(grid: Grid, points: list[Any]) -> list[NDArray[np.intp]]:
 
 def _reach(grid: Grid) -> str:
     """From where to where the centres of voxels reach, for messages."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in grid.shape[::-1]], [1], indexing="ij")).reshape(
-        4, -1
-    )
-    low, high = ((grid.affine[:3] @ corners).min(axis=1), (grid.affine[:3] @ corners).max(axis=1))
+    ends = corners(grid)
+    low, high = ends.min(axis=1), ends.max(axis=1)
     return ", ".join(
         f"from {name} = {a:g} to {b:g} mm"
         for name, a, b in zip(SPACE[::-1], low.round(2), high.round(2), strict=True)
