@@ -64,8 +64,8 @@ def convert(
     source : path, URL or nibabel image
         4-D NIfTI-1 or NIfTI-2: ``.nii``, ``.nii.gz``, or a ``.hdr``/``.img`` pair; any real dtype and byte order.
     store : path or URL
-        Where the store will be. In a folder named ``*.zarr`` it becomes part of a study (see
-        :func:`chunkglm.open_study`) if it is called ``run-<label>``.
+        Where the store will be. A name that begins with BIDS entities, such as ``run-<label>``, makes it part of a study
+        (see :func:`chunkglm.open_study`), which plain xarray opens too if its folder is named ``*.zarr``.
     mask : path, nibabel image or DataArray, optional
         Voxels to fit, on the grid of the run. Without it the brain is found in the temporal mean.
     t_r : float, optional

@@ -14,17 +14,10 @@ elsewhere is sound in itself.
 """
 
 from chunkglm.store.places import check_free, exists, is_study
-from chunkglm.store.reading import (
-    is_whole,
-    made_of,
-    open_run,
-    open_store,
-    open_study,
-    study_members,
-    verify,
-)
+from chunkglm.store.reading import is_whole, made_of, open_run, open_store, verify
 from chunkglm.store.saving import chunk_shapes, is_saved, part_hash, savable, save, save_runs
 from chunkglm.store.site import begun, differences, is_up_to_date
+from chunkglm.store.studies import open_study
 from chunkglm.store.writing import StoreWriter, writing
 
 __all__ = [
@@ -46,7 +39,6 @@ __all__ = [
     "savable",
     "save",
     "save_runs",
-    "study_members",
     "verify",
     "writing",
 ]

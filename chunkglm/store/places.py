@@ -13,8 +13,8 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from chunkglm import chunkfiles
-from chunkglm.entities import FUNCTIONAL, is_member
-from chunkglm.errors import StoreError, StoreExistsError
+from chunkglm.entities import FUNCTIONAL, is_member, natural
+from chunkglm.errors import SourceNotFoundError, StoreError, StoreExistsError
 from chunkglm.schema import FORMAT_VERSION
 
 if TYPE_CHECKING:
@@ -132,6 +132,37 @@ def members(name: str) -> list[str]:
         else:
             places += [f"{member}/{place}" for place in members(child)]
     return places
+
+
+def study_members(store: StoreLike) -> list[str]:
+    """List the stores of a study.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Returns
+    -------
+    list of str
+        Their places in its folder, in natural order.
+
+    Raises
+    ------
+    SourceNotFoundError
+        If there is none.
+    """
+    name = store_name(store)
+    if not is_url(name) and not Path(name).is_dir():
+        raise SourceNotFoundError(
+            f"There is no study {name}. Check the path; chunkglm convert and run make studies."
+        )
+    places = members(name)
+    if not places:
+        raise SourceNotFoundError(
+            f"{name} holds no run stores (groups named run-<label>, or by other BIDS entities). Convert runs into it: "
+            f"chunkglm convert RUN.nii.gz {name}/run-1."
+        )
+    return sorted(places, key=natural)
 
 
 def check_free(store: StoreLike, *, overwrite: bool) -> None:
