@@ -9,7 +9,16 @@ import xarray as xr
 
 from chunkglm.blocks import as_chunked
 from chunkglm.errors import InputError
-from chunkglm.glm import FIT_DIMS, assemble, check_same_voxels, label_runs, lazy_rows, noise_name, plan_fit
+from chunkglm.glm import (
+    FIT_DIMS,
+    assemble,
+    check_same_voxels,
+    label_runs,
+    lazy_rows,
+    noise_name,
+    plan_fit,
+    with_runs,
+)
 from chunkglm.schema import FIT, NUMERICAL_VERSION, SPACE, annotate, require, text_labels
 
 if TYPE_CHECKING:
@@ -112,8 +121,7 @@ def append_run(
 
 def _as_fit(fit: xr.Dataset) -> xr.Dataset:
     """Check a fit; one of a single run that was selected gets its dim back."""
-    if "run" not in fit.dims and "run" in fit.coords:
-        fit = fit.expand_dims("run")
+    fit = with_runs(fit)
     what = "A fit to which a run is added"
     optional = ("rho", "rho_at_limit")
     require(fit, FIT, [name for name in FIT if name not in optional or name in fit], what)

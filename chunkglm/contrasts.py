@@ -14,7 +14,7 @@ from chunkglm.blocks import map_rows, single_blas_thread, stack
 from chunkglm.design import is_estimable
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.expressions import Rows, contrast_rows
-from chunkglm.glm import designs_of, kept_of
+from chunkglm.glm import designs_of, kept_of, with_runs
 from chunkglm.kernels import distributions
 from chunkglm.kernels.autocorrelation import Correction, make_correction
 from chunkglm.kernels.basis import Basis, make_basis
@@ -176,8 +176,7 @@ class _Parts(NamedTuple):
 
 def _take_apart(fit: xr.Dataset) -> _Parts:
     """Check a fit, and prepare what all contrasts share."""
-    if "run" not in fit.dims:
-        fit = fit.expand_dims("run")
+    fit = with_runs(fit)
     require(fit, FIT, ("dof", "design", "n_volumes"), "A contrast")
     for name in ("beta", "sigma2"):
         if name not in fit:

@@ -43,7 +43,7 @@ from chunkglm.schema import (
     require,
     text_labels,
 )
-from chunkglm.trees import by_path, datasets_of, named, runs_by_fit, tree_of
+from chunkglm.trees import datasets_of, for_runs, named, runs_by_fit, tree_of
 
 if TYPE_CHECKING:
     import os
@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from chunkglm.nifti import ImageLike
+    from chunkglm.trees import RunsByFit
 
     Runs = xr.Dataset | Sequence[xr.Dataset] | Mapping[str, xr.Dataset] | xr.DataTree
     Design = pd.DataFrame | NDArray[Any] | str | os.PathLike[str]
     Designs = Design | Sequence[Design] | Mapping[str, Design]
     SampleMask = NDArray[Any] | Sequence[int] | Sequence[bool] | None
     SampleMasks = NDArray[Any] | Sequence[SampleMask] | Mapping[str, SampleMask]
-    RunsByFit = dict[str, dict[str, tuple[str, xr.Dataset]]]
 
 SCALINGS = ("voxel", "run", None)
 
@@ -168,8 +168,8 @@ def fit(
     }
     if isinstance(runs, xr.DataTree):
         groups, paths = runs_by_fit(runs), list(datasets_of(runs))
-        given: Any = _by_path(designs, groups, paths, "designs")
-        sample_masks = None if sample_masks is None else _by_path(sample_masks, groups, paths, "sample masks")
+        given: Any = for_runs(designs, groups, paths, "designs")
+        sample_masks = None if sample_masks is None else for_runs(sample_masks, groups, paths, "sample masks")
         if set(groups) - {""}:
             return _fit_tree(groups, given, cast("Any", sample_masks) or {}, options)
         designs = given
@@ -199,31 +199,6 @@ def _fit_tree(
         make = partial(fit, designs=run_designs, sample_masks=run_masks, **options)
         fits[place] = named(place, make, {label: run for label, (_, run) in runs.items()})
     return tree_of(fits)
-
-
-def _by_path(given: Any, groups: RunsByFit, paths: list[str], what: str) -> Any:
-    """What is given for the runs of a tree, by the path of the fit and the label of each run; not if it is for one run."""
-    name_of = {
-        path: f"{place}/{label}".strip("/")
-        for place, runs in groups.items()
-        for label, (path, _) in runs.items()
-    }
-    if isinstance(given, Mapping):
-        found = by_path(given)
-        if strangers := set(found) - set(name_of) - set(name_of.values()):
-            raise InputError(
-                f"There are {what} for {', '.join(map(repr, sorted(strangers)))}, and the runs of the tree are "
-                f"{', '.join(map(repr, paths))}. Use these as keys."
-            )
-        return {name_of.get(path, path): one for path, one in found.items()}
-    if set(groups) <= {""}:
-        return given
-    if not isinstance(given, list | tuple) or len(given) != len(paths):
-        raise InputError(
-            f"For a tree of {len(paths)} runs, the {what} are a mapping by path ({paths[0]!r}, ...) or a list in the order of "
-            "the runs in it, one for each."
-        )
-    return {name_of[path]: one for path, one in zip(paths, given, strict=True)}
 
 
 class RunPlan(NamedTuple):
@@ -848,6 +823,11 @@ def _stack_designs(
         "frame_time": (("run", "volume"), times),
         "sample_mask": (("run", "volume"), kept),
     }
+
+
+def with_runs(fit: xr.Dataset) -> xr.Dataset:
+    """Give a fit of one run that was selected its dim ``run`` back."""
+    return fit if "run" in fit.dims else fit.expand_dims("run")
 
 
 def designs_of(fit: xr.Dataset) -> list[pd.DataFrame]:

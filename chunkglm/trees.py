@@ -14,6 +14,8 @@ from chunkglm.errors import ChunkGLMError, InputError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    RunsByFit = dict[str, dict[str, tuple[str, xr.Dataset]]]
+
 
 def map_nodes(function: Callable[[xr.Dataset], xr.Dataset], tree: xr.DataTree) -> xr.DataTree:
     """Apply a function to every dataset of a tree; what it raises or warns of names the place in the tree.
@@ -74,7 +76,7 @@ def named(path: str, function: Callable[[Any], xr.Dataset], ds: Any) -> xr.Datas
             warnings.warn(f"{path}: {one.message}", one.category, stacklevel=4)
 
 
-def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]]]:
+def runs_by_fit(tree: xr.DataTree) -> RunsByFit:
     """Sort the runs of a tree by the fits that they belong to.
 
     Parameters
@@ -92,7 +94,7 @@ def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]
     InputError
         If two runs would have the same label in one fit, or runs stand at different levels.
     """
-    found: dict[str, dict[str, tuple[str, xr.Dataset]]] = {}
+    found: RunsByFit = {}
     for path, run in datasets_of(tree).items():
         fit, label = fit_and_label(path)
         if label in found.setdefault(fit, {}):
@@ -110,10 +112,35 @@ def runs_by_fit(tree: xr.DataTree) -> dict[str, dict[str, tuple[str, xr.Dataset]
     return found
 
 
-def by_path(given: Mapping[Any, Any]) -> dict[str, Any]:
+def for_runs(given: Any, groups: RunsByFit, paths: list[str], what: str) -> Any:
+    """What is given for the runs of a tree, by the path of the fit and the label of each run; not if it is for one run."""
+    name_of = {
+        path: f"{place}/{label}".strip("/")
+        for place, runs in groups.items()
+        for label, (path, _) in runs.items()
+    }
+    if isinstance(given, Mapping):
+        found = _flat(given)
+        if strangers := set(found) - set(name_of) - set(name_of.values()):
+            raise InputError(
+                f"There are {what} for {', '.join(map(repr, sorted(strangers)))}, and the runs of the tree are "
+                f"{', '.join(map(repr, paths))}. Use these as keys."
+            )
+        return {name_of.get(path, path): one for path, one in found.items()}
+    if set(groups) <= {""}:
+        return given
+    if not isinstance(given, list | tuple) or len(given) != len(paths):
+        raise InputError(
+            f"For a tree of {len(paths)} runs, the {what} are a mapping by path ({paths[0]!r}, ...) or a list in the order of "
+            "the runs in it, one for each."
+        )
+    return {name_of[path]: one for path, one in zip(paths, given, strict=True)}
+
+
+def _flat(given: Mapping[Any, Any]) -> dict[str, Any]:
     """Flatten nested mappings to one by path: ``{"sub-01": {"run-1": a}}`` becomes ``{"sub-01/run-1": a}``."""
     flat: dict[str, Any] = {}
     for key, value in given.items():
-        inner = by_path(value) if isinstance(value, Mapping) else {"": value}
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
         flat |= {f"{str(key).strip('/')}/{path}".strip("/"): one for path, one in inner.items()}
     return flat

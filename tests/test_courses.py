@@ -129,7 +129,7 @@ def test_time_course__refuses_a_fit_of_others(two_runs, two_designs, point):
         cg.time_course(two_runs["a"], *point, fit=fit)
     with pytest.raises(InputError, match="46 volumes and was fitted with 60"):
         cg.time_course({"a": two_runs["b"]}, *point, fit=fit)
-    with pytest.raises(InputError, match="no 'beta'"):
+    with pytest.raises(InputError, match="no 'beta' over labelled runs"):
         cg.time_course(two_runs, *point, fit=cg.contrast(fit, "DSt"))
     with pytest.raises(InputError, match="outside of the grid"):
         cg.time_course(two_runs, 1e4, 0, 0)

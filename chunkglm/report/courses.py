@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from chunkglm.errors import InputError
-from chunkglm.glm import check_same_voxels, designs_of, kept_of, label_runs
+from chunkglm.glm import check_same_voxels, designs_of, kept_of, label_runs, with_runs
 from chunkglm.grids import grid_of, world_of
 from chunkglm.report.cuts import millimetres
 from chunkglm.report.figures import figure_class
@@ -50,7 +50,7 @@ def time_course(
     runs : Dataset, sequence, mapping or DataTree
         As :func:`chunkglm.fit` takes them; only the chunks of the voxel are read.
     x, y, z : float
-        World millimetres; the nearest voxel is drawn.
+        World millimetres; the voxel in which the point lies is drawn.
     fit : Dataset, optional
         A fit of these runs, with their labels, perhaps saved and opened again. The signal is then in the units of the fit:
         percent of the voxel's or the run's mean over the kept volumes (for the run's mean, all of the run is read). Of
@@ -75,7 +75,7 @@ def time_course(
     figure_class()
     labelled = label_runs(runs)
     if fit is not None:
-        fit = fit.expand_dims("run") if "run" in fit.coords and "run" not in fit.dims else fit
+        fit = with_runs(fit)
         _check_fit(runs, labelled, fit)
     courses = [_course(label, run, (x, y, z), fit) for label, run in labelled.items()]
     if not isinstance(runs, xr.Dataset):
@@ -89,8 +89,8 @@ def time_course(
 
 def _check_fit(given: Runs, runs: dict[str, xr.Dataset], fit: xr.Dataset) -> None:
     """Refuse a fit of other runs, of another grid, or whose runs cannot be told apart."""
-    if "beta" not in fit or "run" not in fit.dims:
-        raise InputError("The fit has no 'beta' over 'run'. Give a fit, as chunkglm.fit makes it.")
+    if "beta" not in fit or "run" not in fit.coords:
+        raise InputError("The fit has no 'beta' over labelled runs. Give a fit, as chunkglm.fit makes it.")
     have = [str(label) for label in fit["run"].values]
     if missing := [label for label in runs if label not in have]:
         raise InputError(
