@@ -116,7 +116,7 @@ def append_run(
         compat=None if compat == "none" else compat,
         regressors=[str(name) for name in fit["regressor"].to_numpy()],
     )
-    return _joined(fit, assemble(plan, [lazy_rows(one) for one in plan.runs]))
+    return _joined(fit, assemble(plan, lazy_rows(plan)))
 
 
 def _as_fit(fit: xr.Dataset) -> xr.Dataset:
@@ -214,12 +214,12 @@ def _noise_variable(ds: xr.Dataset, name: str, n_lags: int) -> xr.Variable:
 
 
 def _chunked(variable: xr.Variable, spatial: Mapping[str, tuple[int, ...]]) -> xr.Variable:
-    """Bring a variable into blocks as a fit has them: the given ones in space, and one for each run and lag."""
+    """Bring a variable into blocks as a fit has them: the given ones in space, and one for each run."""
     if variable.chunks is None and not set(variable.dims) & set(SPACE):
         return variable
     chunks: dict[Hashable, tuple[int, ...]] = {
         **{dim: (n,) for dim, n in variable.sizes.items()},
-        **{dim: (1,) * variable.sizes[dim] for dim in ("run", "lag") if dim in variable.dims},
+        **{dim: (1,) * variable.sizes[dim] for dim in ("run",) if dim in variable.dims},
         **{dim: sizes for dim, sizes in spatial.items() if dim in variable.dims},
     }
     return variable.copy(data=as_chunked(variable.data, tuple(chunks.values())))

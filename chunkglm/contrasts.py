@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from functools import lru_cache, partial
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 import xarray as xr
 
-from chunkglm.blocks import map_rows, single_blas_thread, stack
+from chunkglm.blocks import as_row, map_rows, single_blas_thread, take
 from chunkglm.design import is_estimable
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.expressions import Rows, contrast_rows
@@ -25,7 +26,7 @@ from chunkglm.schema import FIT, FORMAT_VERSION, STATISTICS, annotate, canonical
 from chunkglm.trees import map_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     import pandas as pd
     from numpy.typing import NDArray
@@ -101,8 +102,7 @@ def contrast(
         return map_nodes(lambda one: contrast(one, definition, stat_type=stat_type), fit)
     parts = _take_apart(fit)
     if not isinstance(definition, Mapping):
-        (ds,) = _contrasts(parts, [_test(definition, parts, None, stat_type)])
-        return ds
+        return _contrasts(parts, [_test(definition, parts, None, stat_type)])
     if not definition:
         raise ContrastError(
             "There is no contrast in the mapping. Give at least one name with an expression or weights."
@@ -117,19 +117,7 @@ def contrast(
             f"{', '.join(map(repr, several))} has several rows and other contrasts have one. Ask for t and F contrasts in "
             "calls of their own, or say stat_type='F' for all of them."
         )
-    tested = _contrasts(parts, tests)
-    n_rows = max(len(test.rows.names) for test in tests)
-    ds = xr.concat(
-        [filled_up(one, n_rows).drop_attrs(deep=False) for one in tested],
-        dim="contrast",
-        data_vars="all",
-        coords="different",
-        compat="equals",
-        join="exact",
-    )
-    ds = ds.assign_coords(contrast=text_labels(definition))
-    ds.attrs = _attributes(parts, tests)
-    return annotate(ds, STATISTICS)
+    return _contrasts(parts, tests)
 
 
 class _Test(NamedTuple):
@@ -340,21 +328,94 @@ def _attributes(parts: _Parts, tests: list[_Test]) -> dict[str, Any]:
     }
 
 
-def _contrasts(parts: _Parts, tests: list[_Test]) -> list[xr.Dataset]:
-    """Contrasts of a fit, which share what is read and solved for them."""
+def _contrasts(parts: _Parts, tests: list[_Test]) -> xr.Dataset:
+    """Contrasts of a fit, which share what is read and solved for them; with a dim ``contrast`` where they have names."""
     weights_of = []
     for test in tests:
         weights_of.append(_weights_of_runs(parts, test))  # noqa: PERF401  (warnings count frames)
+    named = [str(test.name) for test in tests if test.name is not None]
+    lead = ("contrast",) if named else ()
+    is_f = tests[0].stat_type == "F"
+    q = max(len(test.rows.names) for test in tests)
+    n_each = q + q * q + 1
+    uncertain = any(design.uncertainty is not None for design in parts.designs)
     fit = parts.fit
-    run_rows = [
-        _estimates(fit.isel(run=number), parts, tests, [weights[number] for weights in weights_of], number)
-        for number in range(len(parts.designs))
+    kernels = [
+        partial(
+            _estimate_voxels,
+            design=design,
+            weights=[weights[number] for weights in weights_of],
+            n_each=n_each,
+            whiten=parts.by_reference and is_f,
+            dof=float(parts.dof[number]),
+        )
+        for number, design in enumerate(parts.designs)
     ]
-    out, place = [], 0
-    for test, weights in zip(tests, weights_of, strict=True):
-        n_rows = _n_estimates(test)
-        out.append(_label(parts, test, weights, [rows[place : place + n_rows] for rows in run_rows]))
-        place += n_rows
+    given = [fit[name].variable for name in ("beta", "sigma2", "rho") if name in fit]
+    whole = ("regressor", "lag") if "rho" in fit else ("regressor",)
+    dims = ("run", *parts.voxel_dims)
+    rows = map_rows(kernels, given, dims, n_rows=n_each * len(tests), whole=whole)
+    along = ("contrast", len(tests), n_each) if named else None
+
+    def parts_of(user: str = "") -> dict[str, xr.Variable]:
+        """What users get, or the same for what is computed of it."""
+
+        def of(name: str, extra: tuple[str, ...], which: int | slice) -> xr.Variable:
+            own = (*lead, "run", *extra, *parts.voxel_dims)
+            sizes: dict[Hashable, int] = dict.fromkeys(extra, q)
+            return take(
+                rows, own, which, sizes=sizes, along=along, name=f"{name}_for_{user}" if user else name
+            )
+
+        if is_f:
+            found = {
+                "effect": of("effect", ("row",), slice(0, q)),
+                "covariance": of("covariance", ("row", "row_"), slice(q, q + q * q)),
+            }
+        else:
+            found = {"effect": of("effect", (), 0), "variance": of("variance", (), 1)}
+        return found | ({"dof": of("dof", (), n_each - 1)} if uncertain else {})
+
+    ds = _labelled_rows(tests, named, q) if is_f else xr.Dataset()
+    ds = ds.assign(parts_of())
+    estimable = np.array([[w is not None for w in weights] for weights in weights_of])
+    numbers = {
+        "weights": ((*lead, *(("row",) if is_f else ()), "regressor"), _stacked_weights(tests, q, is_f=is_f)),
+        "estimable": ((*lead, "run"), estimable),
+    }
+    if is_f:
+        numbers["n_rows"] = (lead, np.array([len(test.rows.names) for test in tests]))
+    if not uncertain:
+        numbers["dof"] = ((*lead, "run"), np.where(estimable, parts.dof, np.nan))
+    for name, (own, values) in numbers.items():
+        ds[name] = (own, values if named else values[0])
+    ds["weights"].attrs["long_name"] = "weights of the contrast"
+    ds = ds.assign_coords({key: value for key, value in fit.coords.items() if set(value.dims) <= set(dims)})
+    ds = ds.assign_coords(regressor=fit["regressor"].variable)
+    if named:
+        ds = ds.assign_coords(contrast=text_labels(named))
+    ds.attrs = _attributes(parts, tests)
+    return add_statistics(ds, parts_of)
+
+
+def _labelled_rows(tests: list[_Test], named: list[str], q: int) -> xr.Dataset:
+    """Labels of the rows of F contrasts; those of fewer rows are filled up."""
+    names = [[*test.rows.names, *[""] * (q - len(test.rows.names))] for test in tests]
+    numbers = np.arange(1, q + 1)
+    alike = all(one == names[0] for one in names)
+    row_name = xr.Variable("row", text_labels(names[0]))
+    if named and not alike:
+        row_name = xr.Variable(("contrast", "row"), np.stack([text_labels(one) for one in names]))
+    return xr.Dataset(coords={"row": numbers, "row_": numbers, "row_name": row_name})
+
+
+def _stacked_weights(tests: list[_Test], q: int, *, is_f: bool) -> NDArray[np.float64]:
+    """Weights (contrast, row, regressor), of t contrasts (contrast, regressor); NaN in rows that a contrast does not have."""
+    if not is_f:
+        return np.stack([test.rows.weights[0] for test in tests])
+    out = np.full((len(tests), q, tests[0].rows.weights.shape[1]), np.nan)
+    for number, test in enumerate(tests):
+        out[number, : len(test.rows.names)] = test.rows.weights
     return out
 
 
@@ -374,53 +435,6 @@ def _weights_of_runs(parts: _Parts, test: _Test) -> list[NDArray[np.float64] | N
     return run_weights
 
 
-def _label(
-    parts: _Parts, test: _Test, run_weights: list[NDArray[np.float64] | None], estimates: list[Any]
-) -> xr.Dataset:
-    """Put labels on the estimates of a contrast, rows (effects, covariances, degrees of freedom) of each run."""
-    fit, rows = parts.fit, test.rows
-    q = len(rows.names)
-    dims = ("run", *parts.voxel_dims)
-    if test.stat_type == "t":
-        ds = xr.Dataset(
-            {
-                key: (dims, stack([e[row] for e in estimates]))
-                for row, key in enumerate(("effect", "variance"))
-            }
-        )
-        ds["weights"] = ("regressor", rows.weights[0])
-    else:
-        covariances = [stack([e[q + i * q : q + (i + 1) * q] for i in range(q)]) for e in estimates]
-        ds = xr.Dataset(
-            {
-                "effect": (("run", "row", *parts.voxel_dims), stack([e[:q] for e in estimates])),
-                "covariance": (("run", "row", "row_", *parts.voxel_dims), stack(covariances)),
-                "n_rows": q,
-                "weights": (("row", "regressor"), rows.weights),
-            }
-        )
-        numbers = np.arange(1, q + 1)
-        ds = ds.assign_coords(row=numbers, row_=numbers, row_name=("row", text_labels(rows.names)))
-    ds = ds.assign_coords({key: value for key, value in fit.coords.items() if set(value.dims) <= set(dims)})
-    if any(design.uncertainty is not None for design in parts.designs):
-        ds["dof"] = (dims, stack([e[-1] for e in estimates]))
-    else:
-        ds["dof"] = ("run", np.where([w is None for w in run_weights], np.nan, parts.dof))
-    ds["estimable"] = ("run", np.array([w is not None for w in run_weights]))
-    ds["weights"].attrs["long_name"] = "weights of the contrast"
-    ds = ds.assign_coords(regressor=fit["regressor"].variable)
-    ds.attrs = _attributes(parts, [test])
-    return add_statistics(ds)
-
-
-def filled_up(ds: xr.Dataset, n_rows: int) -> xr.Dataset:
-    """Give an F contrast as many rows as the longest of several has, of NaN."""
-    if ds.sizes.get("row", n_rows) == n_rows:
-        return ds
-    numbers = np.arange(1, n_rows + 1)
-    return ds.reindex(row=numbers, row_=numbers, fill_value={"row_name": ""})
-
-
 def _weights_of_run(rows: Rows, regressors: list[str], design: _Design) -> NDArray[np.float64] | None:
     """Weights (q, P) in the order of a run's columns, or None if the run cannot estimate every row."""
     needed = {regressors[place] for place in np.flatnonzero(rows.weights.any(axis=0))}
@@ -430,60 +444,48 @@ def _weights_of_run(rows: Rows, regressors: list[str], design: _Design) -> NDArr
     return weights if all(is_estimable(design.X, row) for row in weights) else None
 
 
-def _n_estimates(test: _Test) -> int:
-    """Rows that a contrast of q rows has: effects, covariances, degrees of freedom."""
-    q = len(test.rows.names)
-    return q + q * q + 1
-
-
-def _estimates(
-    one: xr.Dataset,
-    parts: _Parts,
-    tests: list[_Test],
-    weights: list[NDArray[np.float64] | None],
-    number: int,
-) -> Any:
-    """Estimates of all contrasts in one run, contrast after contrast, as an array (rows, ...)."""
-    arrays = [
-        one["beta"].transpose("regressor", *parts.voxel_dims).data,
-        one["sigma2"].transpose(*parts.voxel_dims).data[None],
-    ]
-    if "rho" in one:
-        arrays.append(one["rho"].transpose("lag", *parts.voxel_dims).data)
-    sizes = [_n_estimates(test) for test in tests]
-    kernel = partial(
-        _estimate_voxels,
-        design=parts.designs[number],
-        weights=weights,
-        sizes=sizes,
-        whiten=[parts.by_reference and test.stat_type == "F" for test in tests],
-        dof=float(parts.dof[number]),
-    )
-    return map_rows(kernel, *arrays, n_rows=sum(sizes))
-
-
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def _estimate_voxels(
     beta: NDArray[np.float64],
     sigma2: NDArray[np.float64],
-    *rho: NDArray[np.float64],
+    rho: NDArray[np.float64] | None = None,
+    *,
     design: _Design,
     weights: list[NDArray[np.float64] | None],
-    sizes: list[int],
-    whiten: list[bool],
+    n_each: int,
+    whiten: bool,
     dof: float,
 ) -> NDArray[np.float64]:
-    """Effects, covariances and degrees of freedom of each contrast, one behind the other."""
-    space = sigma2.shape[1:]
-    out = np.full((sum(sizes), *space), np.nan)
+    """Effects, covariances and degrees of freedom of each contrast in a run, one behind the other.
+
+    Parameters
+    ----------
+    beta, sigma2, rho : ndarray, shape (regressor, lag, run, ...)
+        With length 1 along the run, and along what they do not have; without ``rho``, no dim of lags.
+    design : _Design
+    weights : list of ndarray, shape (q, P), or None
+        Of each contrast; None where the run cannot estimate it.
+    n_each : int
+        Rows of each contrast: q effects, q q covariances and the degrees of freedom, with q that of the longest.
+    whiten : bool
+        Whiten effects, as the reference does.
+    dof : float
+        Of the residuals.
+
+    Returns
+    -------
+    ndarray, shape (rows, 1, ...)
+    """
+    space = sigma2.shape[1 if rho is None else 2 :]
+    out = np.full((n_each * len(weights), *space), np.nan)
     basis = design.basis
     # sigma2 is NaN where the residual says nothing, and then neither does anything else.
-    alive = np.flatnonzero(~np.isnan(sigma2[0]))
+    variances = sigma2.reshape(-1)
+    alive = np.flatnonzero(~np.isnan(variances))
     given = [one for one in weights if one is not None]
     if basis is None or not given or not alive.size:
         return out
-    used = rho[0].reshape(len(rho[0]), -1)[: basis.order, alive] if rho else np.empty((0, alive.size))
-    variance = sigma2.reshape(-1)[alive]
+    used = np.empty((0, alive.size)) if rho is None else rho.reshape(rho.shape[1], -1)[: basis.order, alive]
     # Only the regressors with a weight: those that the run lacks are NaN, and NaN times 0 is NaN.
     chosen = np.flatnonzero(np.concatenate(given).any(axis=0))
     coefficients = {c: beta[design.places[c]].reshape(-1)[alive] for c in chosen}
@@ -493,15 +495,15 @@ def _estimate_voxels(
         if design.uncertainty is None
         else effective_dofs(basis, given, used, design.uncertainty, dof)
     )
-    rows = out.reshape(len(out), -1)
-    place = 0
-    for one, size, white in zip(weights, sizes, whiten, strict=True):
+    rows = out.reshape(len(weights), n_each, -1)
+    for own, one in zip(rows, weights, strict=True):
         if one is not None:
-            rows[place : place + size, alive] = _estimate(
-                one, coefficients, next(covariances), variance, white
-            )
-            rows[place + size - 1, alive] = next(dofs)
-        place += size
+            effects, covariance = _estimate(one, coefficients, next(covariances), variances[alive], whiten)
+            q, longest = len(effects), math.isqrt(n_each)
+            own[:q, alive] = effects
+            square = own[longest:-1].reshape(longest, longest, -1)
+            square[:q, :q, alive] = covariance
+            own[-1, alive] = next(dofs)
     return out
 
 
@@ -511,22 +513,22 @@ def _estimate(
     covariance: NDArray[np.float64],
     variance: NDArray[np.float64],
     whiten: bool,
-) -> NDArray[np.float64]:
-    """Effects and covariances (q + q q + 1, V) of one contrast; the last row is left for the degrees of freedom."""
-    q, V = len(weights), len(variance)
-    out = np.empty((q + q * q + 1, V))
-    for row in range(q):
-        out[row] = sum(weights[row, c] * coefficients[c] for c in np.flatnonzero(weights[row]))
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Effects (q, V) and covariances (q, q, V) of one contrast."""
+    effects = np.empty((len(weights), len(variance)))
+    for row, own in enumerate(weights):
+        effects[row] = sum(own[c] * coefficients[c] for c in np.flatnonzero(own))
     if whiten:
-        out[:q] = np.einsum("ij...,j...->i...", whitener(covariance), out[:q])
-        covariance = np.eye(q)
+        effects = np.einsum("ij...,j...->i...", whitener(covariance), effects)
+        covariance = np.eye(len(weights))
     if covariance.ndim == 2:  # the same for all voxels
         covariance = covariance[..., None]
-    out[q:-1] = (covariance * variance).reshape(q * q, V)
-    return out
+    return effects, covariance * variance
 
 
-def add_statistics(ds: xr.Dataset) -> xr.Dataset:
+def add_statistics(
+    ds: xr.Dataset, given: Callable[[str], Mapping[str, xr.Variable]] = lambda _: {}
+) -> xr.Dataset:
     """Add ``stat``, ``p_value`` and ``z_score`` to effects with their variances and degrees of freedom.
 
     Parameters
@@ -534,43 +536,92 @@ def add_statistics(ds: xr.Dataset) -> xr.Dataset:
     ds : Dataset
         With ``effect``, ``variance`` and ``dof``, or with ``effect (row, ...)``, ``covariance (row, row_, ...)``, ``n_rows``
         and ``dof``; the attribute ``compat`` says by whose rules.
+    given : callable
+        From the name of a statistic to those of these variables that are lazy, under a name of their own for dask: see
+        :func:`chunkglm.blocks.take`.
 
     Returns
     -------
     Dataset
     """
     by_reference = ds.attrs.get("compat") == "nilearn"
-    options: dict[str, Any] = {"dask": "parallelized", "output_dtypes": [np.float64], "keep_attrs": False}
-    of: tuple[xr.Variable, ...]
-    p_of: Any
-    z_of: Any
-    z_by_reference: Any
-    if "covariance" in ds:
-        stat, of = _f_of(ds), (ds["n_rows"].variable, ds["dof"].variable)
-        p_of, z_of = distributions.f_p_value, distributions.f_z_score
-        z_by_reference = distributions.f_z_score_clipped
-    else:
-        effect, variance = ds["effect"].variable, ds["variance"].variable
-        stat = xr.apply_ufunc(_t_by_reference if by_reference else _t, effect, variance, **options)
-        of = (ds["dof"].variable,)
-        p_of, z_of = distributions.t_p_value, distributions.t_z_score
-        z_by_reference = distributions.t_z_score_clipped
-    ds = ds.assign(
-        stat=stat,
-        p_value=xr.apply_ufunc(p_of, stat, *of, **options),
-        z_score=xr.apply_ufunc(z_by_reference if by_reference else z_of, stat, *of, **options),
+    is_f = "covariance" in ds
+    spread = "covariance" if is_f else "variance"
+    own = given("stat")
+    of_stat = {name: own.get(name, ds[name].variable) for name in ("effect", spread)}
+    dims = tuple(
+        dict.fromkeys(dim for one in of_stat.values() for dim in one.dims if dim not in ("row", "row_"))
     )
-    annotate(ds, STATISTICS)["stat"].attrs["long_name"] = f"{'F' if 'covariance' in ds else 't'} statistic"
+    pair = [of_stat["effect"], of_stat[spread]]
+    n_rows = [ds["n_rows"].variable] if is_f else []
+    if is_f:
+        stat = map_rows(_f, [*pair, *n_rows], dims, n_rows=1, whole=("row", "row_"))
+        z_of: Any = distributions.f_z_score_clipped if by_reference else distributions.f_z_score
+        p_of: Any = distributions.f_p_value
+    else:
+        stat = map_rows(partial(as_row, _t_by_reference if by_reference else _t), pair, dims, n_rows=1)
+        z_of = distributions.t_z_score_clipped if by_reference else distributions.t_z_score
+        p_of = distributions.t_p_value
+    every = tuple(dict.fromkeys([*dims, *ds["dof"].dims]))
+
+    def value(name: str, function: Any) -> xr.Variable:
+        inputs = [
+            take(stat, dims, 0, name=f"stat_for_{name}"),
+            *n_rows,
+            given(name).get("dof", ds["dof"].variable),
+        ]
+        return take(map_rows(partial(as_row, function), inputs, every, n_rows=1), every, 0, name=name)
+
+    ds = ds.assign(
+        stat=take(stat, dims, 0, name="stat"),
+        p_value=value("p_value", p_of),
+        z_score=value("z_score", z_of),
+    )
+    annotate(ds, STATISTICS)["stat"].attrs["long_name"] = f"{'F' if is_f else 't'} statistic"
     return ds
 
 
-def _f_of(ds: xr.Dataset) -> xr.Variable:
-    """F statistics of effects and covariances that all have the same number of rows."""
-    rest = [dim for dim in ds["effect"].dims if dim != "row"]
-    effect = ds["effect"].transpose("row", *rest)
-    covariance = ds["covariance"].transpose("row", "row_", *rest)
-    flat = covariance.data.reshape(len(effect) ** 2, *covariance.shape[2:])
-    return xr.Variable(rest, map_rows(f_statistic, effect.data, flat, n_rows=1)[0])
+def _f(
+    effect: NDArray[np.float64], covariance: NDArray[np.float64], n_rows: NDArray[np.intp]
+) -> NDArray[np.float64]:
+    """F statistics, shape (1, ...), of effects (row, 1, ...) and covariances (row, row, ...)."""
+
+    def of_rows(q: int, e: NDArray[np.float64], V: NDArray[np.float64]) -> NDArray[np.float64]:
+        return f_statistic(e[:q, 0], V[:q, :q].reshape(q * q, *V.shape[2:]))
+
+    return by_number_of_rows(of_rows, n_rows[0, 0], effect, covariance)
+
+
+def by_number_of_rows(
+    function: Callable[..., NDArray[np.float64]],
+    n_rows: NDArray[np.intp],
+    *arrays: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """Apply a function to contrasts of several rows, which may have other numbers of them.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(q, *arrays)``.
+    n_rows : ndarray of int
+        Of the last dims of ``arrays``; of length 1 along all but that of the contrasts, if there is one.
+    *arrays : ndarray
+
+    Returns
+    -------
+    ndarray
+    """
+    if n_rows.size == 1:
+        return function(int(n_rows.item()), *arrays)
+    place = int(np.argmax(n_rows.shape)) - n_rows.ndim
+    parts = [
+        function(
+            int(q),
+            *(array.take([number], axis=place) if array.shape[place] > 1 else array for array in arrays),
+        )
+        for number, q in enumerate(n_rows.ravel())
+    ]
+    return np.concatenate(parts, axis=place)
 
 
 @np.errstate(divide="ignore", invalid="ignore")

@@ -14,10 +14,11 @@ A store cannot be used            ``StoreError``, and more closely ``StoreExists
                                   ``FormatVersionError``
 It cannot be done as asked        ``MemoryBudgetError``, ``NotAvailableError``,
                                   ``MissingDependencyError``
+A cluster is not as it should be  ``ClusterError``
 ================================  =====================================================================
 
-All are ``ChunkGLMError``. Inputs are examined before any work; what was finished when a ``StoreError`` or a
-``SourceReadError`` stops the work is kept, and the same call goes on there.
+All are ``ChunkGLMError``. Inputs are examined before any work; what was finished when a ``StoreError``, a
+``SourceReadError`` or a ``ClusterError`` stops the work is kept, and the same call goes on there.
 """
 
 
@@ -95,6 +96,10 @@ class NotAvailableError(ChunkGLMError, NotImplementedError):
 
 class MissingDependencyError(ChunkGLMError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+class ClusterError(ChunkGLMError, ConnectionError):
+    """A scheduler or its workers cannot be reached, are lost, or cannot do the work."""
 
 
 class ChunkGLMWarning(UserWarning):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import xarray as xr
 
-from chunkglm.blocks import map_rows, stack
-from chunkglm.contrasts import add_statistics, filled_up
+from chunkglm.blocks import map_rows, take
+from chunkglm.contrasts import add_statistics, by_number_of_rows
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.grids import check_no_voxel_twice
 from chunkglm.kernels.combine import combine_others, combine_rows, combine_rows_of_others, combine_runs
@@ -18,9 +18,13 @@ from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
 from chunkglm.trees import map_nodes
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Callable, Hashable
 
     from numpy.typing import NDArray
+
+    from chunkglm.blocks import Rows
+
+    Floats = NDArray[np.float64]
 
 COMBINED = ("effect", "variance", "dof")
 """What is needed of each run."""
@@ -190,7 +194,7 @@ def _fixed(
     combine = _combine_rows if "covariance" in contrasts else _combine
     ds = combine(contrasts, dim, precision_weighted=precision_weighted, each_left_out=each_left_out)
     if each_left_out:
-        ds = ds.transpose(LEFT_OUT, ...).assign_coords({LEFT_OUT: contrasts[dim].to_numpy()})
+        ds = ds.assign_coords({LEFT_OUT: contrasts[dim].to_numpy()})
         ds[LEFT_OUT].attrs["long_name"] = f"{dim} that was left out"
     if "weights" in contrasts and dim not in contrasts["weights"].dims:
         ds["weights"] = contrasts["weights"]
@@ -202,104 +206,126 @@ def _combine(
     contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, each_left_out: bool
 ) -> xr.Dataset:
     """Of effects with variances."""
-    arrays = _aligned(contrasts, dim)
+    given = [contrasts[name].variable for name in COMBINED]
+    dims = tuple(dict.fromkeys(one for variable in given for one in variable.dims if one != dim))
     combine = partial(
+        _combine_blocks,
         combine_others if each_left_out else combine_runs,
         precision_weighted=precision_weighted,
         reference_rules=contrasts.attrs.get("compat") == "nilearn",
     )
     n_maps = contrasts.sizes[dim] if each_left_out else None
-    rows = map_rows(combine, *(array.data for array in arrays), n_rows=4 * (n_maps or 1))
-    one = arrays[0].isel({dim: 0}, drop=True)
-    dims = (*_leading(n_maps), *one.dims)
-    maps = {name: (dims, _row(rows, row, n_maps)) for row, name in enumerate((*COMBINED, "n_runs"))}
-    ds = xr.Dataset(maps, coords=one.coords)
+    rows = map_rows(combine, given, dims, n_rows=4 * (n_maps or 1), whole=(dim,))
+
+    def maps(user: str = "") -> dict[str, xr.Variable]:
+        """What users get, or the same for what is computed of it."""
+        return {
+            name: _map_of(rows, dims, row, n_maps, f"{name}_for_{user}" if user else name)
+            for row, name in enumerate((*COMBINED, "n_runs"))
+        }
+
+    ds = xr.Dataset(maps(), coords=_coords(contrasts["effect"], dim))
     ds.attrs = contrasts.attrs
-    return add_statistics(ds)
+    return add_statistics(ds, maps)
 
 
-def _leading(n_maps: int | None) -> tuple[Hashable, ...]:
-    return () if n_maps is None else (LEFT_OUT,)
+def _combine_blocks(combine: Callable[..., Floats], *blocks: NDArray[Any], **options: bool) -> Floats:
+    return combine(*(block.astype(np.float64) for block in np.broadcast_arrays(*blocks)), **options)
 
 
-def _row(rows: Any, number: int, n_maps: int | None) -> Any:
+def _coords(effect: xr.DataArray, dim: Hashable) -> Any:
+    """Coordinates of what has one dim less."""
+    return effect.coords.to_dataset().isel({dim: 0}, drop=True, missing_dims="ignore").coords
+
+
+def _map_of(
+    rows: Rows, dims: tuple[Hashable, ...], number: int, n_maps: int | None, name: str
+) -> xr.Variable:
     """One row of what a kernel makes: a map, or a map without each of the runs, which lie one behind the other."""
-    return rows[number] if n_maps is None else rows[number * n_maps : (number + 1) * n_maps]
+    if n_maps is None:
+        return take(rows, dims, number, name=name)
+    which = slice(number * n_maps, (number + 1) * n_maps)
+    return take(rows, (LEFT_OUT, *dims), which, sizes={LEFT_OUT: n_maps}, name=name)
 
 
 def _combine_rows(
     contrasts: xr.Dataset, dim: Hashable, *, precision_weighted: bool, each_left_out: bool
 ) -> xr.Dataset:
-    """Of effects of several rows with covariances, contrast by contrast: they may have other numbers of rows."""
-    if "contrast" in contrasts["effect"].dims:
-        parts = [
-            _combine_rows(
-                contrasts.isel(contrast=[number]).squeeze("contrast"),
-                dim,
-                precision_weighted=precision_weighted,
-                each_left_out=each_left_out,
-            )
-            for number in range(contrasts.sizes["contrast"])
-        ]
-        return xr.concat(
-            [filled_up(one, contrasts.sizes["row"]) for one in parts],
-            dim="contrast",
-            data_vars="all",
-            coords="different",
-            compat="equals",
-            join="exact",
-        )
-    q = int(contrasts["n_rows"]) if "n_rows" in contrasts else contrasts.sizes["row"]
-    contrasts = contrasts.isel(row=slice(q), row_=slice(q))
-    rest = [other for other in contrasts["effect"].dims if other not in (dim, "row")]
-    effect = contrasts["effect"].transpose(dim, "row", *rest)
-    covariance = contrasts["covariance"].transpose(dim, "row", "row_", *rest)
-    dof = xr.DataArray(contrasts["dof"].variable)
-    dof = dof.expand_dims([other for other in rest if other not in dof.dims]).transpose(dim, *rest)
-    arrays = (
-        effect.data.reshape(-1, *effect.shape[2:]),
-        covariance.data.reshape(-1, *covariance.shape[3:]),
-        dof.data.astype(np.float64),
-    )
-    combine = partial(
-        combine_rows_of_others if each_left_out else combine_rows, precision_weighted=precision_weighted
-    )
+    """Of effects of several rows with covariances; several contrasts may have other numbers of rows."""
+    effect, covariance, dof = (contrasts[name].variable for name in ("effect", "covariance", "dof"))
+    q = contrasts.sizes["row"]
+    n_rows = contrasts["n_rows"].variable if "n_rows" in contrasts else xr.Variable((), q)
+    dims = tuple(one for one in effect.dims if one not in (dim, "row"))
+    lead = tuple(one for one in dims if one == "contrast")
+    space = tuple(one for one in dims if one != "contrast")
     n_maps = contrasts.sizes[dim] if each_left_out else None
-    rows = map_rows(combine, *arrays, n_rows=(q + q * q + 2) * (n_maps or 1))
-    each = [_row(rows, number, n_maps) for number in range(q + q * q + 2)]
-    dims = (*_leading(n_maps), *rest)
-    covariances = stack([stack(each[q + row * q : q + (row + 1) * q]) for row in range(q)])
-    ds = xr.Dataset(
-        {
-            "effect": (("row", *dims), stack(each[:q])),
-            "covariance": (("row", "row_", *dims), covariances),
-            "dof": (dims, each[-2]),
-            "n_runs": (dims, each[-1]),
-            "n_rows": q,
-        },
-        coords=effect.isel({dim: 0}, drop=True).coords,
+    combine = partial(
+        _combine_row_blocks,
+        combine_rows_of_others if each_left_out else combine_rows,
+        precision_weighted=precision_weighted,
+        n_maps=n_maps or 1,
     )
+    n_each = q + q * q + 2
+    given = [effect, covariance, dof, n_rows]
+    rows = map_rows(combine, given, dims, n_rows=n_each * (n_maps or 1), whole=("row", "row_", dim))
+    front = lead if n_maps is None else (LEFT_OUT, *lead)
+    left: dict[Hashable, int] = {} if n_maps is None else {LEFT_OUT: n_maps}
+    n = n_maps or 1
+
+    def maps(user: str = "") -> dict[str, xr.Variable]:
+        """What users get, or the same for what is computed of it."""
+        end = f"_for_{user}" if user else ""
+        own: dict[str, tuple[Any, slice, dict[Hashable, int]]] = {
+            "effect": ((*front, "row", *space), slice(0, q * n), {"row": q}),
+            "covariance": (
+                (*front, "row", "row_", *space),
+                slice(q * n, (q + q * q) * n),
+                {"row": q, "row_": q},
+            ),
+        }
+        found = {
+            name: take(rows, dims_of, which, sizes={**sizes, **left}, name=name + end)
+            for name, (dims_of, which, sizes) in own.items()
+        }
+        return found | {"dof": _map_of(rows, dims, n_each - 2, n_maps, f"dof{end}")}
+
+    n_runs = _map_of(rows, dims, n_each - 1, n_maps, "n_runs")
+    ds = xr.Dataset({**maps(), "n_runs": n_runs, "n_rows": n_rows}, coords=_coords(contrasts["effect"], dim))
     if "row_" in contrasts.coords:
         ds = ds.assign_coords(row_=contrasts["row_"].variable)
     ds.attrs = contrasts.attrs
-    return add_statistics(ds)
+    return add_statistics(ds, maps)
 
 
-def _aligned(contrasts: xr.Dataset, dim: Hashable) -> list[xr.DataArray]:
-    """Effect, variance and degrees of freedom as float64 with the same dims, ``dim`` first.
+def _combine_row_blocks(
+    combine: Callable[..., Floats],
+    effect: Floats,
+    covariance: Floats,
+    dof: Floats,
+    n_rows: NDArray[np.intp],
+    *,
+    precision_weighted: bool,
+    n_maps: int,
+) -> Floats:
+    """Combine blocks (row, row_, run, ...); rows that a contrast does not have are NaN in the result, too."""
+    longest = len(effect)
 
-    Degrees of freedom that do not vary between voxels have length 1 along them.
-    """
-    effect, variance, dof = (contrasts[name].astype(np.float64) for name in COMBINED)
-    if set(dof.dims) <= set(effect.dims) | set(variance.dims):
-        effect, variance = xr.broadcast(effect, variance)
-        dof = xr.DataArray(dof.variable).expand_dims(
-            [other for other in effect.dims if other not in dof.dims]
-        )
-    else:
-        effect, variance, dof = xr.broadcast(effect, variance, dof)
-    dims = (dim, *(other for other in effect.dims if other != dim))
-    return [array.transpose(*dims) for array in (effect, variance, dof)]
+    def of_rows(q: int, e: NDArray[Any], V: NDArray[Any], d: NDArray[Any]) -> Floats:
+        R, space = e.shape[2], e.shape[3:]
+        # Run after run, as the kernel has them.
+        e = np.moveaxis(e[:q, 0].astype(np.float64), 1, 0).reshape(R * q, *space)
+        V = np.moveaxis(V[:q, :q].astype(np.float64), 2, 0).reshape(R * q * q, *space)
+        d = np.broadcast_to(d[0, 0], (R, *d.shape[3:])).astype(np.float64)
+        made = combine(e, V, d, precision_weighted=precision_weighted)
+        out = np.full((longest + longest**2 + 2, n_maps, *space), np.nan)
+        made = made.reshape(-1, n_maps, *space)
+        out[:q] = made[:q]
+        square = out[longest:-2].reshape(longest, longest, n_maps, *space)
+        square[:q, :q] = made[q:-2].reshape(q, q, n_maps, *space)
+        out[-2:] = made[-2:]
+        return out.reshape(-1, *space)
+
+    return by_number_of_rows(of_rows, n_rows[0, 0, 0], effect, covariance, dof)
 
 
 def _lacks(contrasts: xr.Dataset, dim: Hashable) -> NDArray[np.bool_]:

@@ -12,14 +12,16 @@ import pandas as pd
 import xarray as xr
 
 from chunkglm import grids, nifti
+from chunkglm import plan as memory
 from chunkglm.blocks import (
+    RunBlocks,
     as_blocks,
-    as_chunked,
     map_voxel_blocks,
+    mask_blocks,
     mean,
     mean_rows,
     single_blas_thread,
-    stack,
+    take,
 )
 from chunkglm.design import as_design
 from chunkglm.errors import (
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from chunkglm.blocks import Rows
     from chunkglm.nifti import ImageLike
     from chunkglm.trees import RunsByFit
 
@@ -175,7 +178,7 @@ def fit(
         designs = given
         runs = {label: run for label, (_, run) in groups.get("", {}).items()}
     plan = plan_fit(runs, designs, sample_masks=sample_masks, **options)
-    return assemble(plan, [lazy_rows(one) for one in plan.runs])
+    return assemble(plan, lazy_rows(plan))
 
 
 def _fit_tree(
@@ -232,11 +235,6 @@ class RunPlan(NamedTuple):
         """Order of the noise."""
         return self.model.basis.order
 
-    @property
-    def n_rows(self) -> int:
-        """Rows of the estimates: regressors, sigma2, rho, whether that is at its limit."""
-        return len(self.columns) + 2 + self.order
-
 
 class FitPlan(NamedTuple):
     """How all runs are fitted, and what is known of the fit without their data."""
@@ -252,6 +250,11 @@ class FitPlan(NamedTuple):
     def n_lags(self) -> int:
         """The highest order of the noise of any run."""
         return max(one.order for one in self.runs)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of the estimates: regressors, sigma2, rho, whether that is at its limit."""
+        return len(self.regressors) + 2 + self.n_lags
 
     @property
     def corrected(self) -> bool:
@@ -653,12 +656,25 @@ def _columns(design: pd.DataFrame, regressors: list[str]) -> NDArray[np.intp]:
     return np.array([place.get(name, -1) for name in regressors])
 
 
-def lazy_rows(plan: RunPlan) -> Any:
-    """Estimates of a run, as a lazy array (rows, z, y, x)."""
-    bold = as_blocks(plan.run["bold"])
-    computed = _run_mean(bold, plan.mask, plan.model)
-    return map_voxel_blocks(
-        _fit_block, bold, plan.mask, plan.n_rows, plan.model, plan.columns, computed=computed
+def lazy_rows(plan: FitPlan) -> Rows:
+    """Estimates of all runs, lazily, with the dims run, z, y, x."""
+    runs = []
+    for one in plan.runs:
+        bold = as_blocks(one.run["bold"])
+        computed = _run_mean(bold, one.mask, one.model)
+        runs.append(
+            RunBlocks(bold, one.mask, (one.model, one.columns, plan.n_lags), computed, _task_bytes(bold, one))
+        )
+    return map_voxel_blocks(_fit_block, runs, plan.n_rows)
+
+
+def _task_bytes(bold: xr.DataArray, one: RunPlan) -> int:
+    """Projected memory of a task that fits a block of a run."""
+    chunks = memory.Chunks(*(max(sizes) for sizes in bold.data.chunks))
+    basis = one.model.basis
+    censored = int((~basis.kept).sum())
+    return memory.fit_memory_per_thread(
+        chunks, bold.dtype.itemsize, len(one.columns), order=basis.order, n_censored=censored
     )
 
 
@@ -667,7 +683,7 @@ def _run_mean(bold: xr.DataArray, mask: xr.DataArray, model: kernel.Model) -> li
     if model.scaling != "run":
         return []
     arguments = (model.basis.kept, model.reference_rules)
-    return [mean(map_voxel_blocks(_average_block, bold, mask, 1, *arguments))]
+    return [mean(map_voxel_blocks(_average_block, [RunBlocks(bold, mask, arguments)], 1))]
 
 
 def _average_block(
@@ -682,7 +698,7 @@ def _best_order(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model) -> int
     bold = as_blocks(run["bold"])
     G = lag_expectations(model.basis)
     computed = _run_mean(bold, mask, model)
-    rows = map_voxel_blocks(_criteria_block, bold, mask, len(G), model, G, computed=computed)
+    rows = map_voxel_blocks(_criteria_block, [RunBlocks(bold, mask, (model, G), computed)], len(G))
     criteria = mean_rows(rows)
     return int(np.argmin(criteria)) if np.isfinite(criteria).all() else 0
 
@@ -698,48 +714,50 @@ def _criteria_block(
     return kernel.information_criteria(blocks, voxels, model, G, float(run_mean))
 
 
-def _fit_block(
+def _fit_block(  # noqa: PLR0917  (a task's arguments)
     blocks: Any,
     voxels: NDArray[np.intp],
     model: kernel.Model,
     columns: NDArray[np.intp],
+    n_lags: int,
     run_mean: float = np.nan,
 ) -> NDArray[np.float64]:
-    """Fit the voxels of a block; shape (P + 2 + N, V), with NaN for the regressors that have no column."""
-    return rows_of(kernel.fit_voxels(blocks, voxels, model, float(run_mean)), columns)
+    """Fit the voxels of a block; shape (P + 2 + n_lags, V), with NaN for the regressors that have no column."""
+    return rows_of(kernel.fit_voxels(blocks, voxels, model, float(run_mean)), columns, n_lags)
 
 
-def rows_of(estimates: kernel.Estimates, columns: NDArray[np.intp]) -> NDArray[np.float64]:
-    """Put the estimates of V voxels into rows, (P + 2 + N, V): regressors, sigma2, rho, whether that is at its limit."""
-    if estimates.n_unscaled:
-        warnings.warn(_NO_PERCENT, ChunkGLMWarning, stacklevel=1)
-    P, (N, V) = len(columns), estimates.rho.shape
-    out = np.full((P + 2 + N, V), np.nan)
-    for regressor, column in enumerate(columns):
-        if column >= 0:
-            out[regressor] = estimates.beta[column]
-    out[P], out[P + 1 : -1], out[-1] = estimates.sigma2, estimates.rho, estimates.at_limit
-    return out
-
-
-def split_rows(rows: Any, plan: FitPlan) -> dict[str, Any]:
-    """Take the rows (rows, ...) of one run apart, into its part of every variable of the fit.
+def rows_of(estimates: kernel.Estimates, columns: NDArray[np.intp], n_lags: int) -> NDArray[np.float64]:
+    """Put the estimates of V voxels into rows: regressors, sigma2, rho, whether that is at its limit.
 
     Returns
     -------
-    dict
-        ``beta (regressor, ...)`` and ``sigma2 (...)``; ``rho (lag, ...)`` and ``rho_at_limit (...)`` where the fit has them.
-        What is beyond the order of the run is 0 where the run has a voxel, and NaN elsewhere.
+    ndarray, shape (P + 2 + n_lags, V)
+        Lags beyond the order of the run are 0 where the run has a voxel, and NaN elsewhere.
     """
-    P = len(plan.regressors)
-    order = len(rows) - P - 2
-    found = {"beta": rows[:P], "sigma2": rows[P]}
-    if plan.n_lags:
-        found["rho"] = stack(
-            [rows[P + 1 + lag] if lag < order else rows[P] * 0 for lag in range(plan.n_lags)]
-        )
+    if estimates.n_unscaled:
+        warnings.warn(_NO_PERCENT, ChunkGLMWarning, stacklevel=1)
+    P, (N, V) = len(columns), estimates.rho.shape
+    out = np.full((P + 2 + n_lags, V), np.nan)
+    for regressor, column in enumerate(columns):
+        if column >= 0:
+            out[regressor] = estimates.beta[column]
+    out[P], out[P + 1 : P + 1 + N], out[-1] = estimates.sigma2, estimates.rho, estimates.at_limit
+    out[P + 1 + N : -1] = estimates.sigma2 * 0
+    return out
+
+
+def estimates_of(rows: Rows, plan: FitPlan) -> dict[str, xr.Variable]:
+    """Take the rows of runs apart, into the variables of the fit."""
+    P, n_lags = len(plan.regressors), plan.n_lags
+
+    def of(name: str, which: int | slice, **options: Any) -> xr.Variable:
+        return take(rows, FIT_DIMS[name], which, name=name, **options)
+
+    found = {"beta": of("beta", slice(0, P), sizes={"regressor": P}), "sigma2": of("sigma2", P)}
+    if n_lags:
+        found["rho"] = of("rho", slice(P + 1, P + 1 + n_lags), sizes={"lag": n_lags})
         if plan.corrected:
-            found["rho_at_limit"] = rows[-1] == 1
+            found["rho_at_limit"] = of("rho_at_limit", P + 1 + n_lags, dtype=bool)
     return found
 
 
@@ -752,13 +770,13 @@ FIT_DIMS = {
 """Dims of what is estimated at every voxel."""
 
 
-def assemble(plan: FitPlan, rows: Sequence[Any]) -> xr.Dataset:
+def assemble(plan: FitPlan, rows: Rows) -> xr.Dataset:
     """Put labels on the rows of all runs.
 
     Parameters
     ----------
     plan : FitPlan
-    rows : sequence of dask arrays, shape (rows, z, y, x)
+    rows : Rows
         As :func:`lazy_rows` makes them.
 
     Returns
@@ -766,25 +784,23 @@ def assemble(plan: FitPlan, rows: Sequence[Any]) -> xr.Dataset:
     Dataset
         The fit.
     """
-    spatial = rows[0].chunks[1:]
-    parts = [split_rows(as_chunked(one, spatial), plan) for one in rows]
-    masks = stack([as_chunked(one.mask.transpose(*SPACE).data, spatial) for one in plan.runs])
+    spatial = rows.data.chunks[1:]
     n_volumes = [run.sizes["time"] for run in plan.recordings.values()]
+    estimates = estimates_of(rows, plan)
     ds = xr.Dataset(
         {
-            **{name: (FIT_DIMS[name], stack([part[name] for part in parts])) for name in ("beta", "sigma2")},
+            "beta": estimates["beta"],
+            "sigma2": estimates["sigma2"],
             "dof": ("run", np.array([one.dof for one in plan.runs], dtype=np.float64)),
             "order": ("run", np.array([one.order for one in plan.runs])),
             "n_volumes": ("run", np.array(n_volumes)),
             "column": (("run", "regressor"), np.stack([one.columns for one in plan.runs])),
             **_stack_designs(plan.recordings, plan.designs, plan.kept, plan.regressors),
-            "mask": (("run", *SPACE), masks),
+            "mask": mask_blocks([one.mask for one in plan.runs], spatial),
+            **estimates,
         }
     )
     if plan.n_lags:
-        for name in ("rho", "rho_at_limit"):
-            if name in parts[0]:
-                ds[name] = (FIT_DIMS[name], stack([part[name] for part in parts]))
         ds = ds.assign_coords(lag=np.arange(1, plan.n_lags + 1))
     first = next(iter(plan.recordings.values()))
     coords: dict[Hashable, Any] = {

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from chunkglm import plan
-from chunkglm.blocks import as_blocks, blank, nothing, scatter, single_blas_thread
-from chunkglm.glm import FIT_DIMS, assemble, rows_of, split_rows
+from chunkglm.blocks import Rows, as_blocks, blank, nothing, scatter, single_blas_thread
+from chunkglm.glm import FIT_DIMS, assemble, estimates_of, rows_of
 from chunkglm.kernels.glm import fit_sums
 from chunkglm.kernels.sums import Accumulator
 from chunkglm.schema import SPACE
@@ -55,7 +55,7 @@ def create_fit(writer: StoreWriter, fit_plan: FitPlan, chunks: tuple[tuple[int, 
     chunks : tuple of tuple of int
         Along z, y, x.
     """
-    ds: xr.Dataset = savable(assemble(fit_plan, [blank(one.n_rows, chunks) for one in fit_plan.runs]))
+    ds: xr.Dataset = savable(assemble(fit_plan, blank(fit_plan.n_rows, len(fit_plan.runs), chunks)))
     writer.create(ds, chunk_shapes(ds))
 
 
@@ -109,16 +109,17 @@ class StreamedRun:
     def _write_block(self, writer: StoreWriter, number: int) -> None:
         place = self._places[number]
         starts = tuple(part.start for part in place)
-        mask = self._mask[place]
-        values = {**split_rows(self._rows(number), self._fit_plan), "mask": mask}
+        rows = Rows(self._rows(number)[:, None], ("run", *SPACE), self._fit_plan.n_rows)
+        values = {name: one.values for name, one in estimates_of(rows, self._fit_plan).items()}
+        values["mask"] = self._mask[place][None]
         for name, one in values.items():
-            between = one.ndim - 3
-            writer.write_block(name, (self._number, *[0] * between, *starts), one[None])
+            writer.write_block(name, (self._number, *[0] * (one.ndim - 4), *starts), one)
 
     def _rows(self, number: int) -> NDArray[np.float64]:
         """Estimates of a voxel block, (rows, z, y, x); its sums are used up."""
         sums, self._sums[number] = self._sums[number], None
-        mask = self._mask[self._places[number]]
+        mask, n_rows = self._mask[self._places[number]], self._fit_plan.n_rows
         if sums is None:
-            return nothing(self._plan.n_rows, mask.shape)
-        return scatter(rows_of(fit_sums(sums.sums(), self._plan.model), self._plan.columns), mask)
+            return nothing(n_rows, mask.shape)
+        estimates = fit_sums(sums.sums(), self._plan.model)
+        return scatter(rows_of(estimates, self._plan.columns, self._fit_plan.n_lags), mask)

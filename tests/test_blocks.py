@@ -4,16 +4,29 @@ import gc
 import pickle
 import threading
 import weakref
+from functools import partial
 
 import dask
 import dask.array as da
 import numpy as np
 import pytest
 import xarray as xr
+from dask._task_spec import Alias
 from dask.callbacks import Callback
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from chunkglm.blocks import as_blocks, as_chunked, map_rows, map_voxel_blocks, mean, single_blas_thread, stack
+from chunkglm import blocks as block_module
+from chunkglm.blocks import (
+    RunBlocks,
+    as_blocks,
+    as_chunked,
+    from_source,
+    map_rows,
+    mean,
+    single_blas_thread,
+    take,
+    task_bytes,
+)
 from chunkglm.errors import NotAvailableError
 from chunkglm.testing import raise_if_computes
 
@@ -23,6 +36,12 @@ SPACE = ("z", "y", "x")
 def signal(shape=(12, 4, 5, 6), chunks=(5, 2, 5, 3), seed=0):
     values = np.random.default_rng(seed).standard_normal(shape)
     return xr.DataArray(da.from_array(values, chunks=chunks), dims=("time", *SPACE)), values
+
+
+def map_voxel_blocks(function, bold, mask, n_rows, *arguments, computed=()):
+    """The rows of one run, as a dask array (n_rows, z, y, x)."""
+    rows = block_module.map_voxel_blocks(function, [RunBlocks(bold, mask, arguments, computed)], n_rows)
+    return take(rows, ("row", "run", *SPACE), slice(0, n_rows), sizes={"row": n_rows}).data[:, 0]
 
 
 def all_voxels(shape=(4, 5, 6)):
@@ -54,9 +73,14 @@ def test_map__is_lazy_and_one_task_a_voxel_block():
     bold, _ = signal()
     with raise_if_computes():
         got = map_voxel_blocks(mean_and_length, bold, all_voxels(), 2)
-    (optimized,) = dask.optimize(got)
-    assert len(optimized.__dask_graph__()) == 4
-    assert all(key[0].startswith("mean_and_length-") for key in optimized.__dask_graph__())
+    assert len([name for name in tasks_of(got) if name.startswith("mean_and_length-")]) == 4
+
+
+def tasks_of(*arrays):
+    """Names of the tasks that computing some arrays takes, without those that only stand for another."""
+    graphs = [dict(one.__dask_graph__()) for one in dask.optimize(*arrays)]
+    keys = {key for graph in graphs for key, task in graph.items() if not isinstance(task, Alias)}
+    return [key[0] if isinstance(key, tuple) else key for key in keys]
 
 
 def test_map__computed_arguments_come_as_numbers():
@@ -112,7 +136,7 @@ class _Alive:
         return token
 
 
-def from_source(source, chunks):
+def from_any(source, chunks):
     meta = np.empty((0,) * len(source.shape))
     array = da.from_array(source, chunks=chunks, asarray=False, name=False, inline_array=True, meta=meta)
     return xr.DataArray(array, dims=("time", *SPACE))
@@ -125,7 +149,7 @@ def test_task__holds_one_time_block_at_a_time(scheduler):
     from chunkglm.kernels.sums import mean_voxels
 
     source = Source((40, 4, 5, 6))
-    bold = from_source(source, (8, 2, 5, 6))
+    bold = from_any(source, (8, 2, 5, 6))
     X = np.column_stack([np.sin(np.arange(40.0)), np.ones(40)])
     of = Model(make_basis(X), 38, "voxel", False)
 
@@ -150,7 +174,7 @@ def test_task__holds_one_time_block_at_a_time(scheduler):
 
 def test_task__reads_nothing_where_the_mask_is_empty():
     source = Source((12, 4, 5, 6))
-    bold = from_source(source, (6, 2, 5, 3))
+    bold = from_any(source, (6, 2, 5, 3))
     mask = all_voxels()
     mask[:2] = False
     mask[:, :, 3:] = False
@@ -164,7 +188,7 @@ def test_task__reads_nothing_where_the_mask_is_empty():
 
 def test_task__computing_some_voxels_reads_only_their_blocks():
     source = Source((12, 4, 5, 6))
-    got = map_voxel_blocks(mean_and_length, from_source(source, (6, 2, 5, 3)), all_voxels(), 2)
+    got = map_voxel_blocks(mean_and_length, from_any(source, (6, 2, 5, 3)), all_voxels(), 2)
     got[:, 0, 0, 0].compute(scheduler="sync")
     assert source.reads == [(0, 0, 0)] * 2
 
@@ -210,16 +234,13 @@ def test_map__callbacks_count_tasks_not_what_they_read():
     with Callback(posttask=lambda *args: seen.append(args[0])):
         got.compute(scheduler="threads")
         assert len(Callback.active) == 1
-    assert {key[1:] for key in seen if isinstance(key, tuple)} == {
-        (0, i, 0, j) for i in range(2) for j in range(2)
-    }
-    assert len(seen) <= 5
-    # Nor does a task that outlives a failed computation take the callbacks away.
-    seen.clear()
-    task = next(iter(dict(got.__dask_graph__()).values()))[0]
-    with Callback(posttask=lambda *args: seen.append(args[0])):
-        task()
-    assert not seen
+    read = [
+        key
+        for key in seen
+        if not str(key).startswith(("('mean_and_length-", "('take-", "('getitem-", "finalize-", "('shared-"))
+    ]
+    assert not read
+    assert len([key for key in seen if str(key).startswith("('mean_and_length-")]) == 4
 
 
 def test_as_blocks__memory_gets_the_chunks_of_a_store_and_dask_keeps_its_own():
@@ -232,54 +253,163 @@ def test_as_blocks__memory_gets_the_chunks_of_a_store_and_dask_keeps_its_own():
     assert as_blocks(own).chunks == ((1, 69), (20,), (3,), (3, 1))
 
 
+def test_map__of_stored_arrays_lays_nothing_out_and_gives_the_same():
+    _, values = signal((12, 4, 5, 6), seed=3)
+    mask = np.random.default_rng(2).random((4, 5, 6)) < 0.5
+    bold = xr.DataArray(from_source(Stored(values, (5, 2, 5, 3)), "bold-1"), dims=("time", *SPACE))
+    inside = xr.DataArray(from_source(Stored(mask, (4, 5, 6)), "mask-1"), dims=SPACE)
+    plain = xr.DataArray(da.from_array(values, chunks=(5, 2, 5, 3)), dims=("time", *SPACE))
+    for masked in (inside, xr.DataArray(mask, dims=SPACE)):
+        rows = block_module.map_voxel_blocks(mean_and_length, [RunBlocks(bold, masked, (2.0,))], 2)
+        assert not any(layer.is_materialized() and len(layer) > 1 for layer in rows.data.dask.layers.values())
+        got = take(rows, ("run", "row", *SPACE), slice(0, 2), sizes={"row": 2}).data[0]
+        np.testing.assert_array_equal(
+            got, map_voxel_blocks(mean_and_length, plain, xr.DataArray(mask, dims=SPACE), 2, 2.0)
+        )
+    # What was brought into memory is not read again.
+    held = xr.DataArray(bold.data.persist(scheduler="sync"), dims=bold.dims)
+    assert block_module._source_of(held.data) is None
+    assert block_module._source_of((bold * 1).data) is None
+
+
+class Stored:
+    """An array with chunks, as in a store."""
+
+    def __init__(self, values, chunks):
+        self.values, self.shape, self.dtype, self.ndim, self.chunks = (
+            values,
+            values.shape,
+            values.dtype,
+            values.ndim,
+            chunks,
+        )
+
+    def __getitem__(self, index):
+        return self.values[index]
+
+
+def test_map__runs_in_other_blocks_keep_their_own():
+    bold, values = signal(seed=1)
+    other, others = signal(chunks=(3, 1, 2, 6), seed=2)
+    runs = [RunBlocks(bold, all_voxels()), RunBlocks(other, all_voxels())]
+    rows = block_module.map_voxel_blocks(mean_and_length, runs, 2)
+    got = take(rows, ("run", *SPACE), 0)
+    assert got.chunks == ((1, 1), (2, 2), (5,), (3, 3))
+    for number, one in enumerate((bold, other)):
+        alone = map_voxel_blocks(mean_and_length, one, all_voxels(), 2)[0]
+        np.testing.assert_array_equal(got[number], alone.compute())
+    np.testing.assert_allclose(got, [values.mean(axis=0), others.mean(axis=0)])
+
+
+def test_task_bytes__is_that_of_the_largest_task():
+    bold, _ = signal()
+    rows = block_module.map_voxel_blocks(
+        mean_and_length, [RunBlocks(bold, all_voxels(), task_bytes=n) for n in (5, 7)], 2
+    )
+    assert task_bytes([(take(rows, ("run", *SPACE), 0).data + 1)[:1], da.ones(3)]) == 7
+    assert task_bytes([da.ones(3)]) == 0
+
+
 # -------------------------------------------------------------------------------------------------------- rows
 
 
 def add(a, b):
-    return np.stack([a[0] + b[0], a[-1] * b[-1]])
+    """Rows: sum and product; without the first axis, over which both are summed."""
+    a, b = a.sum(axis=0), b.sum(axis=0)
+    return np.stack([a + b, a * b])
 
 
-def test_map_rows__blocks_that_do_not_match_are_made_to():
+@pytest.mark.parametrize(
+    ("chunks", "others"),
+    [
+        (None, None),
+        ((3, 2, 7), (2, 5, 3)),
+        ((1, 2, 7), None),
+        (None, (1, 4, 4)),
+        ((3, (1, 4), 2), (2, 1, 1)),
+        ((2, 5, 2), (1, 5, 7)),
+    ],
+)
+def test_map_rows__any_chunks_give_the_same(chunks, others):
     rng = np.random.default_rng(3)
-    a, b = rng.random((3, 5, 7)), rng.random((2, 5, 7))
-    expected = add(a, b)
-    np.testing.assert_array_equal(map_rows(add, a, b, n_rows=2), expected)
-    for one, other in [
-        (da.from_array(a, chunks=(1, 2, 7)), da.from_array(b, chunks=(2, 5, 3))),
-        (da.from_array(a, chunks=(3, (1, 4), 2)), b),
-        (a, da.from_array(b, chunks=(1, 4, 4))),
-    ]:
-        with raise_if_computes():
-            got = map_rows(add, one, other, n_rows=2)
-        assert got.shape == (2, 5, 7)
-        assert got.numblocks[0] == 1
-        np.testing.assert_array_equal(got.compute(), expected)
+    a, b = rng.random((3, 5, 7)), rng.random((7, 5, 3))
+    expected = add(a, b.T)
+    one, other = xr.Variable(("k", "y", "x"), a), xr.Variable(("x", "y", "k"), b)
+    if chunks is not None:
+        one = one.chunk(dict(zip(("k", "y", "x"), chunks, strict=True)))
+    if others is not None:
+        other = other.chunk(dict(zip(("k", "y", "x"), (3, *others[1:]), strict=True)))
+    with raise_if_computes():
+        rows = map_rows(add, [one, other], ("y", "x"), n_rows=2, whole=("k",))
+    total, product = take(rows, ("y", "x"), 0), take(rows, ("x", "y"), 1)
+    np.testing.assert_allclose(total, expected[0], rtol=1e-14)
+    np.testing.assert_allclose(product, expected[1].T, rtol=1e-14)
+    assert (total.chunks is None) == (chunks is None and others is None)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_map_rows__length_1_is_broadcast(order):
+def test_map_rows__what_a_variable_lacks_has_length_1_and_each_label_may_have_a_function_of_its_own():
     rng = np.random.default_rng(4)
-    a, b = rng.random((3, 5, 7)), rng.random((3, 1, 1))
-    for one in (a, da.from_array(a, chunks=(1, 2, 7)), da.from_array(a, chunks=-1)):
-        for other in (b, da.from_array(b, chunks=1)):
-            got = map_rows(add, *(one, other)[::order], n_rows=2)
-            assert got.shape == (2, 5, 7)
-            if isinstance(got, da.Array):
-                assert got[:, 4:].compute().shape == (2, 1, 7)
-            np.testing.assert_array_equal(np.asarray(got), add(a, b))
+    a, b = rng.random((3, 5, 7)), rng.random(3)
+    shapes = set()
+
+    def times(factor, block, number):
+        shapes.add((block.shape, number.shape))
+        return np.broadcast_to(factor * block * number, block.shape)[None]
+
+    kernels = [partial(times, factor) for factor in (1.0, 10.0, 100.0)]
+    one, other = xr.Variable(("run", "y", "x"), a), xr.Variable("run", b)
+    expected = a * b[:, None, None] * np.array([1.0, 10.0, 100.0])[:, None, None]
+    for given in (one, one.chunk(run=2, y=2)):
+        rows = map_rows(kernels, [given, other], ("run", "y", "x"), n_rows=1)
+        np.testing.assert_allclose(take(rows, ("run", "y", "x"), 0), expected)
+    assert shapes == {((1, 5, 7), (1, 1, 1)), ((1, 2, 7), (1, 1, 1)), ((1, 1, 7), (1, 1, 1))}
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_take__spreads_rows_over_new_dims(lazy):
+    values = np.random.default_rng(5).random((12, 4, 6))
+    given = xr.Variable(("k", "y", "x"), values)
+    rows = map_rows(
+        lambda block: block,
+        [given.chunk(k=12, y=3, x=2) if lazy else given],
+        ("y", "x"),
+        n_rows=12,
+        whole=("k",),
+    )
+    np.testing.assert_array_equal(take(rows, ("x", "y"), 3), values[3].T)
+    got = take(rows, ("a", "y", "b", "x"), slice(4, 10), sizes={"a": 3, "b": 2})
+    np.testing.assert_array_equal(got, values[4:10].reshape(3, 2, 4, 6).transpose(0, 2, 1, 3))
+    got = take(rows, ("y", "each", "x"), 1, along=("each", 3, 4))
+    np.testing.assert_array_equal(got, values[1::4].transpose(1, 0, 2))
+    got = take(rows, ("each", "a", "y", "x"), slice(0, 2), sizes={"a": 2}, along=("each", 3, 4))
+    np.testing.assert_array_equal(got, values.reshape(3, 4, 4, 6)[:, :2])
+    flags = take(
+        map_rows(
+            lambda block: np.where(block > 0.5, 1, np.nan), [given], ("y", "x"), n_rows=12, whole=("k",)
+        ),
+        ("y", "x"),
+        0,
+        dtype=bool,
+    )
+    assert flags.dtype == bool
+    np.testing.assert_array_equal(flags, values[0] > 0.5)
 
 
 def test_small_helpers():
-    a = np.arange(6.0).reshape(2, 3)
-    assert isinstance(stack([a, a]), np.ndarray)
-    lazy = stack([a, da.from_array(a, chunks=1)])
-    assert isinstance(lazy, da.Array)
-    np.testing.assert_array_equal(lazy.compute(), [a, a])
-    assert as_chunked(a, ((1, 2),)).chunks == ((2,), (1, 2))
+    assert as_chunked(np.arange(6.0).reshape(2, 3), ((1, 2),)).chunks == ((2,), (1, 2))
+    values = xr.Variable(("k", "x"), np.array([[1.0, np.nan], [4.0, 7.0]])).chunk(x=1)
+    rows = map_rows(
+        lambda block: block.reshape(1, -1, block.shape[-1]).sum(axis=1),
+        [values[:1]],
+        ("x",),
+        n_rows=1,
+        whole=("k",),
+    )
     with raise_if_computes():
-        average = mean(da.from_array(np.array([[1.0, np.nan], [4.0, 7.0]]), chunks=1))
-    assert average.compute() == 4
-    assert np.isnan(mean(da.full((2, 2), np.nan)).compute())
+        average = mean(rows)
+    assert average.compute() == 1
+    nothing = map_rows(lambda block: block * np.nan, [values[:1]], ("x",), n_rows=1, whole=("k",))
+    assert np.isnan(mean(nothing).compute())
 
 
 # -------------------------------------------------------------------------------------------------------- BLAS

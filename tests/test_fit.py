@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from dask._task_spec import Alias
 from hypothesis import given
 from hypothesis import strategies as st
 from nilearn.glm import compute_contrast, compute_fixed_effects
@@ -610,12 +611,15 @@ def test_fit__one_task_a_voxel_block(store, two_designs):
     fit = cg.fit(store, two_designs)
     blocks = sum(np.prod(run["bold"].data.numblocks[1:]) for run in store.values())
     assert blocks == 6
-    graphs = [dict(graph.__dask_graph__()) for graph in dask.optimize(fit, cg.contrast(fit, "SSt"))]
-    for graph in graphs:
-        tasks = [key for key in graph if str(key[0]).startswith("fit_block-")]
-        assert len(tasks) == blocks
+    (graph,) = (dict(one.__dask_graph__()) for one in dask.optimize(fit))
+    tasks = [
+        key
+        for key, task in graph.items()
+        if str(key[0]).startswith("fit_block-") and not isinstance(task, Alias)
+    ]
+    assert len(tasks) == blocks
     # Nothing outside these tasks touches the signal: the zarr array is named in them only.
-    names = {str(key[0]) if isinstance(key, tuple) else str(key) for key in graphs[0]}
+    names = {str(key[0]) if isinstance(key, tuple) else str(key) for key in graph}
     assert not [name for name in names if "bold" in name]
 
 

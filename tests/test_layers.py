@@ -26,6 +26,7 @@ LAYERS = [
     "nifti",
     "slabs",
     "chunkfiles",
+    "tasks",
     "blocks",
     "store",
     "convert",

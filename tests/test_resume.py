@@ -322,7 +322,7 @@ def test_a_saved_dataset_goes_on_behind_what_is_complete(data, tmp_path, where):
     n_blocks = run["bold"].data.numblocks[1]
     assert n_blocks > 1
     with dask.config.set(scheduler="synchronous"), pytest.raises(KeyboardInterrupt):
-        cg.save(lazy(), place, progress=Stop(6))
+        cg.save(lazy(), place, progress=Stop(n_blocks - 1))
     with pytest.raises(ChunkGLMError):
         cg.open_store(place)
     tasks = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import dask.array
 import numpy as np
 import xarray as xr
 import zarr
@@ -18,6 +18,7 @@ from dask.base import tokenize
 from dask.local import get_sync
 
 from chunkglm import chunkfiles, nifti, plan
+from chunkglm.blocks import from_source
 from chunkglm.chunkfiles import PARTIAL, Entry
 from chunkglm.errors import (
     DamagedStoreError,
@@ -63,9 +64,6 @@ DATA_TYPES = {
 CODECS = {"bytes", "vlen-utf8", "blosc", "crc32c"}
 """What arrays of a store are made of."""
 
-# dask annotates a part of what it exports.
-da: Any = dask.array
-
 
 class _CheckedStore(zarr.storage.WrapperStore[Any]):
     """A store whose every read is held against the manifest."""
@@ -73,14 +71,20 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
     # Newer releases of zarr have synchronous reads beside get; without them every read passes here.
     _supports_sync_io = False
 
-    def __init__(self, store: Any, name: str = "", manifest: Mapping[str, Entry] | None = None) -> None:
+    def __init__(
+        self, store: Any, name: str = "", manifest: Mapping[str, Entry] | None = None, seal: str = ""
+    ) -> None:
         super().__init__(store)
-        self.name = name
+        self.name, self.seal = name, seal
         self.manifest = dict(manifest or {})
         self._root = os.path.realpath(name) if name and not is_url(name) else None
 
     def with_read_only(self, read_only: bool = False) -> _CheckedStore:
-        return type(self)(self._store.with_read_only(read_only), self.name, self.manifest)
+        return type(self)(self._store.with_read_only(read_only), self.name, self.manifest, self.seal)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A manifest has an entry for every chunk: other processes read it from the store, each once.
+        return _reopen, (self.name if is_url(self.name) else str(Path(self.name).absolute()), self.seal)
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return ("chunkglm store", self.name, hashlib.sha256(canonical_json(self.manifest)).hexdigest())
@@ -156,7 +160,19 @@ def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
     if outside := [key for key in entries if ".." in key.split("/") or key.startswith("/")]:
         raise _damaged(name, [f"{key} lies outside of it" for key in outside])
     _refuse_unknown_arrays(name, metadata["consolidated_metadata"]["metadata"])
-    return _CheckedStore(backend, name, entries), metadata
+    seal = canonical_json(attrs[SEAL]).decode()
+    return _CheckedStore(backend, name, entries, seal), metadata
+
+
+@lru_cache(maxsize=1024)
+def _reopen(name: str, seal: str) -> _CheckedStore:
+    """The store that another process opened."""
+    checked, _ = open_checked(name)
+    if checked.seal != seal:
+        raise StoreError(
+            f"{name} was replaced by another store since it was opened. Open it again, and compute from there."
+        )
+    return checked
 
 
 def _refuse_unknown_arrays(name: str, arrays: Mapping[str, Any]) -> None:
@@ -363,9 +379,7 @@ def _read_directly(variable: xr.DataArray, about: Mapping[str, Any], store: _Che
     # Not from the packing, for which -0.0 is 0.0: that would turn -0.0 in the data into 0.0.
     scale = None if packing is None else (encoding.get("scale_factor", 1.0), encoding.get("add_offset", -0.0))
     stored = StoredArray(str(variable.name), about, store, scale)
-    meta = np.empty((0,) * stored.ndim, dtype=stored.dtype)
-    data = da.from_array(stored, chunks=stored.chunks, name=f"{variable.name}-{tokenize(stored)}", meta=meta)
-    return variable.copy(data=data)
+    return variable.copy(data=from_source(stored, f"{variable.name}-{tokenize(stored)}"))
 
 
 def open_run(store: StoreLike) -> xr.Dataset:

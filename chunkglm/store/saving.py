@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import numpy as np
 import xarray as xr
 from dask.base import tokenize
-from dask.callbacks import Callback
 
 from chunkglm import grids, nifti, plan
 from chunkglm._version import __version__
+from chunkglm.blocks import write_blocks
 from chunkglm.entities import ENTITIES, is_member
 from chunkglm.errors import ChunkGLMError, InputError
 from chunkglm.schema import FORMAT_VERSION, SPACE, canonical_json, text_labels
@@ -27,13 +27,18 @@ from chunkglm.trees import datasets_of, tree_of
 from chunkglm.world import WORLD
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from chunkglm.chunkfiles import Entry
     from chunkglm.store.places import StoreLike
 
+    Progress = Callable[[int, int], None]
+
 LARGEST_CHUNK = 2**30
 """Bytes; dask chunks that are larger are divided, because codecs take less than 2 GiB."""
+
+WAVE_BLOCKS = 4096
+"""Blocks of several datasets that are computed together: enough for many workers, few for a scheduler."""
 
 _PACKAGES = ("dask", "nibabel", "numpy", "scipy", "xarray", "zarr")
 
@@ -74,7 +79,8 @@ def save(
     ds : Dataset or DataTree
         A run (or a slice of one), a fit, contrasts, fixed effects, or anything else. The content of lazy variables is known
         by their dask names, which for data from chunkglm's stores are hashes of it. World coordinates are left out. Of a
-        tree, as of several subjects, every dataset gets a store of its own, one after another.
+        tree, as of several subjects, every dataset gets a store of its own; they are computed some after another, so that
+        neither graph nor scheduler grows with the number of subjects.
     store : path or URL
         For a tree, the folder of these stores, which :func:`chunkglm.open_study` opens; plain xarray does so too if it is
         named ``*.zarr``.
@@ -83,7 +89,8 @@ def save(
     resume : bool
         Continue what was begun; otherwise start anew.
     progress : callable, optional
-        Called with the number of finished tasks and of all tasks; for a tree, of each dataset in turn.
+        Called with the number of blocks that are written, and of those that there are to write; for a tree, of some of its
+        datasets after another: those whose blocks are computed together.
 
     Returns
     -------
@@ -98,19 +105,33 @@ def save(
     """
     if isinstance(ds, xr.DataTree):
         return _save_tree(ds, store, overwrite=overwrite, resume=resume, progress=progress)
-    if not overwrite and is_saved(ds, store):
-        return open_store(store)
-    ds = _encoded(savable(ds))
-    made_of = {"content": _content_hash(ds)}
-    with writing(store, made_of, overwrite=overwrite, resume=resume) as writer:
-        writer.create(ds, chunk_shapes(ds))
-        with _Counting(progress) if progress else nullcontext():
-            writer.compute(ds)
-        writer.finish(made_of)
+    _save_together({store_name(store): ds}, overwrite=overwrite, resume=resume, progress=progress)
     return open_store(store)
 
 
-def _save_tree(tree: xr.DataTree, store: StoreLike, **options: Any) -> xr.DataTree:
+def _save_together(
+    datasets: Mapping[str, xr.Dataset], *, overwrite: bool, resume: bool, progress: Progress | None
+) -> None:
+    """Save datasets in stores of their own, in one computation; those that are saved already are left as they are."""
+    begun = []
+    with ExitStack() as stack:
+        for store, given in datasets.items():
+            if not overwrite and is_saved(given, store):
+                continue
+            ds = _encoded(savable(given))
+            made_of = {"content": _content_hash(ds)}
+            writer = stack.enter_context(writing(store, made_of, overwrite=overwrite, resume=resume))
+            writer.create(ds, chunk_shapes(ds))
+            begun.append((writer, writer.blocks(ds), made_of))
+        write_blocks([blocks for _, blocks, _ in begun], progress=progress)
+        for writer, _, made_of in begun:
+            writer.finish(made_of)
+
+
+def _save_tree(
+    tree: xr.DataTree, store: StoreLike, *, overwrite: bool, resume: bool, progress: Progress | None
+) -> xr.DataTree:
+    """Save the datasets of a tree, a bounded number of blocks at a time: what is computed does not grow with the study."""
     nodes = datasets_of(tree)
     if not nodes:
         raise InputError("There is no data in the tree, so there is nothing to save.")
@@ -120,7 +141,27 @@ def _save_tree(tree: xr.DataTree, store: StoreLike, **options: Any) -> xr.DataTr
             f"nodes, which must begin with an entity: {', '.join(f'{key}-' for key in ENTITIES[:4])} and so on. Rename the "
             "nodes, or save each dataset by itself."
         )
-    return tree_of({path: save(ds, f"{store_name(store)}/{path}", **options) for path, ds in nodes.items()})
+    places = {f"{store_name(store)}/{path}": ds for path, ds in nodes.items()}
+    for wave in _waves(places):
+        _save_together(wave, overwrite=overwrite, resume=resume, progress=progress)
+    return tree_of({path: open_store(place) for path, place in zip(nodes, places, strict=True)})
+
+
+def _waves(datasets: Mapping[str, xr.Dataset]) -> Iterator[dict[str, xr.Dataset]]:
+    """Divide datasets into those that are computed together: as many as have so many blocks, at least one."""
+    wave: dict[str, xr.Dataset] = {}
+    n_blocks = 0
+    for place, ds in datasets.items():
+        own = max(
+            (int(np.prod(one.data.numblocks)) for one in ds.variables.values() if one.chunks is not None),
+            default=0,
+        )
+        if wave and n_blocks + own > WAVE_BLOCKS:
+            yield wave
+            wave, n_blocks = {}, 0
+        wave[place] = ds
+        n_blocks += own
+    yield wave
 
 
 def is_saved(ds: xr.Dataset, store: StoreLike) -> bool:
@@ -179,8 +220,7 @@ def save_runs(
             writer.claim(number, part_hash(made_of, part), lazy)
             if before is not None and before.is_alike(number, made_of, part):
                 writer.adopt(Path(name), before.files, number, lazy)
-        with _Counting(progress) if progress else nullcontext():
-            writer.compute(ds, by_run=True)
+        write_blocks([writer.blocks(ds, by_run=True)], progress=progress)
         writer.finish({**made_of, "runs": [dict(part) for part in runs]})
     return open_store(store)
 
@@ -348,19 +388,3 @@ def _for_viewers(ds: xr.Dataset) -> tuple[bytes | None, dict[str, Any]]:
     transformations = [{"type": "scale", "scale": [step or 1.0, z, y, x]}]
     datasets = [{"path": "bold", "coordinateTransformations": transformations}]
     return header, {"version": "0.5", "multiscales": [{"name": "bold", "axes": axes, "datasets": datasets}]}
-
-
-class _Counting(Callback):  # type: ignore[misc, unused-ignore]
-    """Tells how many tasks of a computation are finished."""
-
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
-        cast("Any", super()).__init__(start_state=self._begin, posttask=self._advance)
-        self._progress = progress
-        self._done = self._total = 0
-
-    def _begin(self, dsk: Any, state: Any) -> None:  # noqa: ARG002  (dask's signature)
-        self._done, self._total = 0, sum(len(state[key]) for key in ("ready", "waiting"))
-
-    def _advance(self, key: Any, result: Any, dsk: Any, state: Any, worker: Any) -> None:  # noqa: ARG002
-        self._done += 1
-        self._progress(self._done, self._total)

@@ -20,7 +20,7 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from chunkglm import chunkfiles
-from chunkglm.blocks import write_blocks
+from chunkglm.blocks import Writing
 from chunkglm.errors import ChunkGLMError, InputError, StoreError
 from chunkglm.schema import canonical_json
 from chunkglm.store.manifest import (
@@ -118,9 +118,17 @@ class _Target:
     """An array of a store under construction, to which chunks are written; it can be sent to other processes."""
 
     def __init__(
-        self, backend: zarr.abc.store.Store, guard: _RootLastStore, name: str, chunks: tuple[int, ...]
+        self,
+        backend: zarr.abc.store.Store,
+        guard: _RootLastStore,
+        name: str,
+        chunks: tuple[int, ...],
+        *,
+        kept: frozenset[int] | None = frozenset(),
     ) -> None:
         self._backend, self._guard, self._name, self._chunks = backend, guard, name, chunks
+        # First indices of chunks that are left as they are where they are there; None for all.
+        self._kept = kept
         self._local = Path(backend.root) if isinstance(backend, zarr.storage.LocalStore) else None
 
     def has(self, index: tuple[int, ...]) -> bool:
@@ -130,6 +138,10 @@ class _Target:
             return chunkfiles.is_whole(self._local / key)
         content = read_file(self._backend, key)
         return content is not None and chunkfiles.is_whole_content(content)
+
+    def keeps(self, index: tuple[int, ...]) -> bool:
+        """Whether a chunk is there from before, and stays."""
+        return (self._kept is None or index[0] in self._kept) and self.has(index)
 
     def write_chunk(self, index: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
         """Write one chunk: all of it that lies in the array."""
@@ -141,12 +153,13 @@ class _Target:
                 write_file(self._backend, key, chunkfiles.encode_chunk(values, self._chunks))
 
     def write_block(self, start: tuple[int, ...], values: np.ndarray[Any, Any]) -> None:
-        """Write a part of the array that is made of whole chunks, from ``start`` on."""
+        """Write a part of the array that is made of whole chunks, from ``start`` on; what is kept is not written again."""
         numbers = [range(0, n, length) for n, length in zip(values.shape, self._chunks, strict=True)]
         for place in itertools.product(*numbers):
             index = tuple((s + p) // length for s, p, length in zip(start, place, self._chunks, strict=True))
             part = values[tuple(slice(p, p + length) for p, length in zip(place, self._chunks, strict=True))]
-            self.write_chunk(index, part)
+            if not self.keeps(index):
+                self.write_chunk(index, part)
 
 
 class StoreWriter:
@@ -212,8 +225,8 @@ class StoreWriter:
         """Open the zarr array of a variable, to write to any part of it."""
         return zarr.open_array(self._store, path=name, mode="r+", config={"write_empty_chunks": True})
 
-    def _target(self, name: str) -> _Target:
-        return _Target(self._backend, self._store, name, self._chunks[name])
+    def _target(self, name: str, kept: frozenset[int] | None = frozenset()) -> _Target:
+        return _Target(self._backend, self._store, name, self._chunks[name], kept=kept)
 
     def claim(self, number: int, content: str, arrays: Sequence[str]) -> None:
         """Say what a part of some arrays is made of, before any of it is written.
@@ -284,8 +297,8 @@ class StoreWriter:
                 _link(other / key, target)
         self._trusted.add(number)
 
-    def compute(self, ds: xr.Dataset, *, by_run: bool = False) -> None:
-        """Compute and write what is lazy and was not written earlier.
+    def blocks(self, ds: xr.Dataset, *, by_run: bool = False) -> Writing:
+        """What is lazy, to be computed and written by :func:`chunkglm.blocks.write_blocks`; not what was written earlier.
 
         Parameters
         ----------
@@ -293,16 +306,19 @@ class StoreWriter:
             As it was given to :meth:`create`.
         by_run : bool
             Chunks count as written only where their run was claimed; otherwise all that are there do.
+
+        Returns
+        -------
+        Writing
         """
         lazy = {str(name): variable for name, variable in ds.variables.items() if variable.chunks is not None}
-        targets = [self._target(name) for name in lazy]
-
-        def is_written(number: int, index: tuple[int, ...]) -> bool:
-            known = index[0] in self._trusted if by_run else self.continued
-            return known and targets[number].has(index)
-
-        write_blocks(
-            [variable.data for variable in lazy.values()], [one.write_block for one in targets], is_written
+        trusted = frozenset(self._trusted) if by_run else None
+        kept = trusted if by_run or self.continued else frozenset()
+        targets = [self._target(name, kept) for name in lazy]
+        return Writing(
+            list(lazy.values()),
+            [one.write_block for one in targets],
+            lambda number, index: targets[number].keeps(index),
         )
 
     def finish(self, made_of: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> None:
