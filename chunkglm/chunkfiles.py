@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import uuid
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -47,33 +48,48 @@ def is_plain(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biuf" and dtype.isnative and sys.byteorder == "little"
 
 
-def write_chunk(path: Path, values: NDArray[Any], shape: tuple[int, ...]) -> None:
+def write_chunk(path: Path, values: NDArray[Any], shape: tuple[int, ...], workplace: Path) -> None:
     """Write one chunk; its file has its name when it is complete.
 
     Parameters
     ----------
     path : Path
-        Of the file; its folder is made if it is not there.
+        Of the file; its folder is made, within that of the array, if it is not there.
     values : ndarray
         At most of the chunk's shape; zeros fill the rest, which lies outside of the array.
     shape : tuple of int
         Of the chunk.
+    workplace : Path
+        Folder on the same file system where the file is written, under a name of its own, before it gets its place. It is
+        never made here: who takes it away stops every writer, also one that was stopped in the middle and goes on later.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the workplace, or the array, is not there any more.
     """
     compressed, checksum = (
         _encode_constant(values, shape) if not any(values.strides) else _encode(values, shape)
     )
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        file = partial.open("wb", buffering=0)
-    except FileNotFoundError:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = partial.open("wb", buffering=0)
-    with file:
+    partial = workplace / f"{uuid.uuid4().hex}{PARTIAL}"
+    with partial.open("wb", buffering=0) as file:
         for content in (compressed, checksum):
             view = memoryview(content)
             while view:
                 view = view[file.write(view) :]
-    partial.replace(path)
+    try:
+        partial.replace(path)
+    except FileNotFoundError:
+        _make_folder(path.parent)
+        partial.replace(path)
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of a chunk, but not that of its array: that is not there any more if the store was moved or removed."""
+    upwards = [folder, *folder.parents]
+    top = next((number for number, one in enumerate(upwards) if one.name == "c"), 0)
+    for one in reversed(upwards[: top + 1]):
+        one.mkdir(exist_ok=True)
 
 
 def _encode(values: NDArray[Any], shape: tuple[int, ...]) -> tuple[bytes, bytes]:

@@ -16,7 +16,7 @@ elsewhere is sound in itself.
 from chunkglm.store.places import check_free, exists, is_study
 from chunkglm.store.reading import is_whole, made_of, open_run, open_store, verify
 from chunkglm.store.saving import chunk_shapes, is_saved, part_hash, savable, save, save_runs
-from chunkglm.store.site import begun, differences, is_up_to_date
+from chunkglm.store.site import begun, check_idle, differences, is_up_to_date, remove_abandoned
 from chunkglm.store.studies import open_study
 from chunkglm.store.writing import StoreWriter, writing
 
@@ -24,6 +24,7 @@ __all__ = [
     "StoreWriter",
     "begun",
     "check_free",
+    "check_idle",
     "chunk_shapes",
     "differences",
     "exists",
@@ -36,6 +37,7 @@ __all__ = [
     "open_store",
     "open_study",
     "part_hash",
+    "remove_abandoned",
     "savable",
     "save",
     "save_runs",

@@ -1,9 +1,12 @@
 """The site of a store under construction: a lock, what the store is made of, and what was begun there.
 
 Locally the store is built in ``<name>.partial/store`` and moved to its place when it is complete; at a URL it is built in
-place. Beside it the site holds records: what the store is made of, with the root that it will have; and for each part, as
-soon as a chunk of it may be written, a hash of what that part is made of. A chunk file has its name when it is complete, so
-these records are all that is needed to go on after the process was killed at any instant.
+place. A local chunk is written in a workplace of this one build, and moved into the store when it is complete: whoever takes
+the workplace away has stopped every writer, on any machine, also one that sleeps and wakes later.
+
+Beside the store the site holds records: what it is made of, with the root that it will have; and for each part, as soon as a
+chunk of it may be written, a hash of what that part is made of. A chunk file has its name when it is complete, so these
+records are all that is needed to go on after the process was killed at any instant.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import hashlib
 import json
 import os
 import shutil
+import uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,11 +47,11 @@ if TYPE_CHECKING:
 
     from chunkglm.store.places import StoreLike
 
-BEGUN, CLAIMS, LOCK, STORE, OLD = "begun.json", "claims", "lock", "store", "old"
+BEGUN, CLAIMS, LOCK, STORE, OLD, WRITING = "begun.json", "claims", "lock", "store", "old", "writing"
 SOFT_LOCK = "lock.owner"
-MEMBERS = {BEGUN, CLAIMS, LOCK, SOFT_LOCK, STORE, OLD}
+MEMBERS = {BEGUN, CLAIMS, LOCK, SOFT_LOCK, STORE, OLD, WRITING}
 
-WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
+WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 """What file systems without locks answer, such as some of clusters."""
 
 ATTEMPTS = 100
@@ -110,12 +114,18 @@ class Site:
         Where it is built.
     root : bytes or None
         Metadata of its root, if the store was begun earlier and is to be continued.
+    folder : str
+        Where the site is.
+    workplace : Path or None
+        Where chunks are written before they are moved into the store; None at a URL, where they are written in place.
     """
 
-    def __init__(self, name: str, made_of: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.name, self.folder = name, name + PARTIAL
+    def __init__(self, name: str, made_of: Mapping[str, Any], *, overwrite: bool, folder: str = "") -> None:
+        self.name, self.folder = name, folder or name + PARTIAL
         self.root: bytes | None = None
         self.backend = backend_of(name if is_url(name) else f"{self.folder}/{STORE}", read_only=False)
+        self.workplace = None if is_url(name) else Path(self.folder) / WRITING / uuid.uuid4().hex
+        self._before: tuple[int, int] | None = None
         self._records = backend_of(self.folder, read_only=False)
         self._made_of, self._overwrite = dict(made_of), overwrite
         self._is_kept = False
@@ -133,8 +143,19 @@ class Site:
         StoreExistsError
             If something else was begun there.
         """
+        self.close()
         if not is_url(self.name):
             self._give_back()
+            self._before = _identity(self.name)
+        self._find(resume=resume)
+        if self.workplace is not None:
+            self.workplace.mkdir(parents=True)
+
+    def close(self) -> None:
+        """Let nobody write a chunk any more."""
+        shutil.rmtree(Path(self.folder) / WRITING, ignore_errors=True)
+
+    def _find(self, *, resume: bool) -> None:
         record = self._begun()
         if record is None or not resume:
             self.clear()
@@ -226,16 +247,32 @@ class Site:
             target = Path(self.name)
             for folder in study_folders(str(target.parent)):
                 _make_study(Path(folder))
-            _move(Path(self.folder) / STORE, target, Path(self.folder) / OLD)
+            self._move(Path(self.folder) / STORE, target, Path(self.folder) / OLD)
         self._is_kept = False
+
+    def _move(self, built: Path, target: Path, old: Path) -> None:
+        try:
+            # What has come there since, another worker made, that was given the same work.
+            if _identity(self.name) == self._before:
+                _move(built, target, old)
+                return
+        except OSError:
+            if _identity(self.name) == self._before:
+                raise
+        if differences(root_attributes(self.name).get(MADE_OF) or {}, root_attributes(str(built))[MADE_OF]):
+            raise StoreExistsError(
+                f"{self.name} was made by another process in the meantime, of something else. Choose another place, or say "
+                "overwrite (--overwrite) to replace it."
+            )
 
     def clear(self) -> None:
         """Remove the store and all records."""
+        self.close()
         if is_url(self.name):
             zarr.core.sync.sync(self.backend.delete_dir(""))
             zarr.core.sync.sync(self._records.delete_dir(""))
             return
-        for member in MEMBERS - {LOCK, SOFT_LOCK}:
+        for member in MEMBERS - {LOCK, SOFT_LOCK, WRITING}:
             path = Path(self.folder) / member
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
@@ -247,7 +284,13 @@ class Site:
 
 @contextmanager
 def building(
-    name: str, made_of: Mapping[str, Any], *, overwrite: bool, resume: bool = True, keep: bool = False
+    name: str,
+    made_of: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    resume: bool = True,
+    keep: bool = False,
+    aside: bool = False,
 ) -> Iterator[Site]:
     """Open the site of a store, alone.
 
@@ -266,6 +309,9 @@ def building(
         Continue what was begun; otherwise start anew.
     keep : bool
         Keep what was finished after any failure.
+    aside : bool
+        Where another process holds the site, build on another one. Of several processes that build the same, the first to
+        finish has its store in the place, and the others drop theirs.
 
     Yields
     ------
@@ -280,14 +326,15 @@ def building(
     """
     if not is_url(name) and Path(name).is_symlink():
         name = str(Path(name).resolve())
-    with _alone(name):
-        site = Site(name, made_of, overwrite=overwrite)
+    with _alone(name, aside=aside) as folder:
+        site = Site(name, made_of, overwrite=overwrite, folder=folder)
         site.prepare(resume=resume)
         try:
             yield site
             site.move()
         except BaseException as error:
             cut_off = isinstance(error, OSError | MemoryError | KeyboardInterrupt)
+            site.close()
             if not site.is_kept or not (cut_off or keep):
                 site.clear()
             raise
@@ -300,18 +347,24 @@ def _forget(site: Site) -> None:
 
 
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
+def _alone(name: str, *, aside: bool = False) -> Iterator[str]:
     """Hold the lock of a local site, and remove its folder at the end if nothing is left in it."""
-    if is_url(name):
-        yield
-        return
     folder = Path(name + PARTIAL)
+    if is_url(name):
+        yield name + PARTIAL
+        return
     folders = [folder.parent, *folder.parent.parents]
     made = [one for one in folders if not one.exists()]
     try:
-        lock = _lock(folder)
         try:
-            yield
+            lock = _lock(folder)
+        except BusyStoreError:
+            if not aside:
+                raise
+            folder = folder.with_name(f"{Path(name).name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+            lock = _lock(folder)
+        try:
+            yield str(folder)
         finally:
             _leave(folder, lock)
     finally:
@@ -344,8 +397,8 @@ def _take_lock(path: Path) -> Any:
     try:
         try:
             lock.acquire()
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in WITHOUT_LOCKS:
                 raise
             lock = SoftFileLock(path.with_name(SOFT_LOCK), timeout=0)
             lock.acquire()
@@ -375,6 +428,46 @@ def _leave(folder: Path, lock: Any) -> None:
     lock.release()
     with suppress(OSError):
         folder.rmdir()
+
+
+def _identity(name: str) -> tuple[int, int] | None:
+    """What tells a local store from another one at the same place; None where there is none."""
+    try:
+        found = Path(name).stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def check_idle(store: StoreLike) -> None:
+    """Refuse a place where another process is writing.
+
+    Parameters
+    ----------
+    store : path or URL
+
+    Raises
+    ------
+    BusyStoreError
+    """
+    if Path(store_name(store) + PARTIAL).is_dir():
+        with _alone(store_name(store)):
+            pass
+
+
+def remove_abandoned(store: StoreLike) -> None:
+    """Remove what processes that are gone left of a store that others have finished.
+
+    Parameters
+    ----------
+    store : path
+        Of a complete store.
+    """
+    place = Path(store_name(store))
+    for folder in [place.with_name(place.name + PARTIAL), *place.parent.glob(f"{place.name}.*{PARTIAL}")]:
+        if folder.is_dir():
+            with suppress(BusyStoreError, StoreExistsError), _alone(str(folder).removesuffix(PARTIAL)):
+                Site(str(folder).removesuffix(PARTIAL), {}, overwrite=True).clear()
 
 
 def _move(built: Path, target: Path, old: Path) -> None:
@@ -417,7 +510,7 @@ def is_up_to_date(store: StoreLike, made_of: Mapping[str, Any]) -> bool:
     folder = Path(name + PARTIAL)
     if not is_url(name) and folder.is_dir() and not (folder / STORE).exists():
         with suppress(BusyStoreError, StoreExistsError), _alone(name):
-            for member in (BEGUN, CLAIMS, OLD):
+            for member in (BEGUN, CLAIMS, OLD, WRITING):
                 shutil.rmtree(folder / member, ignore_errors=True)
                 with suppress(OSError):
                     (folder / member).unlink()

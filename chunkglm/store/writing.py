@@ -124,9 +124,11 @@ class _Target:
         name: str,
         chunks: tuple[int, ...],
         *,
-        kept: frozenset[int] | None = frozenset(),
+        workplace: Path | None,
+        kept: frozenset[int] | None,
     ) -> None:
         self._backend, self._guard, self._name, self._chunks = backend, guard, name, chunks
+        self._workplace = workplace
         # First indices of chunks that are left as they are where they are there; None for all.
         self._kept = kept
         self._local = Path(backend.root) if isinstance(backend, zarr.storage.LocalStore) else None
@@ -147,8 +149,14 @@ class _Target:
         """Write one chunk: all of it that lies in the array."""
         key = chunk_key(self._name, index)
         with self._guard.writing():
-            if self._local is not None:
-                chunkfiles.write_chunk(self._local / key, values, self._chunks)
+            if self._local is not None and self._workplace is not None:
+                try:
+                    chunkfiles.write_chunk(self._local / key, values, self._chunks, self._workplace)
+                except FileNotFoundError as error:
+                    raise StoreError(
+                        f"{self._workplace} is not there: the store was given up or finished meanwhile, or this machine does "
+                        "not see that folder. Every worker must have the folder of the results, under the same path."
+                    ) from error
             else:
                 write_file(self._backend, key, chunkfiles.encode_chunk(values, self._chunks))
 
@@ -220,13 +228,15 @@ class StoreWriter:
     def stop(self) -> None:
         """Wait for what is being written, and write no array any more."""
         self._store.stop()
+        self._site.close()
 
     def array(self, name: str) -> Any:
         """Open the zarr array of a variable, to write to any part of it."""
         return zarr.open_array(self._store, path=name, mode="r+", config={"write_empty_chunks": True})
 
     def _target(self, name: str, kept: frozenset[int] | None = frozenset()) -> _Target:
-        return _Target(self._backend, self._store, name, self._chunks[name], kept=kept)
+        workplace = self._site.workplace
+        return _Target(self._backend, self._store, name, self._chunks[name], workplace=workplace, kept=kept)
 
     def claim(self, number: int, content: str, arrays: Sequence[str]) -> None:
         """Say what a part of some arrays is made of, before any of it is written.
@@ -323,6 +333,7 @@ class StoreWriter:
 
     def finish(self, made_of: Mapping[str, Any], attrs: Mapping[str, Any] | None = None) -> None:
         """Write the manifest and then, last, the root, with what the store is made of and more attributes."""
+        self._site.close()
         entries = make_manifest(self._backend)
         _refuse_gaps(self._site.name, self._metadata(), entries)
         manifest = canonical_json(entries)
@@ -409,6 +420,7 @@ def writing(
     overwrite: bool,
     resume: bool = True,
     keep: bool = False,
+    aside: bool = False,
 ) -> Iterator[StoreWriter]:
     """Build a store so that it is complete or is not there.
 
@@ -423,6 +435,8 @@ def writing(
         Continue what was begun; otherwise start anew.
     keep : bool
         Keep what was finished also when an input turns out to be wrong.
+    aside : bool
+        Do not mind another process that is building the same: see :func:`chunkglm.store.site.building`.
 
     Yields
     ------
@@ -442,7 +456,7 @@ def writing(
     check_free(name, overwrite=overwrite)
     kept = ""
     try:
-        with building(name, made_of, overwrite=overwrite, resume=resume, keep=keep) as site:
+        with building(name, made_of, overwrite=overwrite, resume=resume, keep=keep, aside=aside) as site:
             writer = StoreWriter(site)
             try:
                 yield writer
