@@ -795,9 +795,12 @@ def blank(n_rows: int, n_runs: int, chunks: tuple[tuple[int, ...], ...]) -> Rows
     return Rows(da.full(shape, np.nan, chunks=((1,) * n_runs, *chunks)), ("run", *SPACE), n_rows)
 
 
-def compute(datasets: Sequence[xr.Dataset]) -> tuple[xr.Dataset, ...]:
-    """Compute datasets together: what they share is computed once."""
-    computed: tuple[xr.Dataset, ...] = _compute(*datasets)
+def compute(datasets: Sequence[xr.Dataset], *, here: bool = False) -> tuple[xr.Dataset, ...]:
+    """Compute datasets together: what they share is computed once.
+
+    ``here``: in this thread, as in a task that a scheduler runs already.
+    """
+    computed: tuple[xr.Dataset, ...] = _compute(*datasets, **({"scheduler": get_sync} if here else {}))
     return computed
 
 

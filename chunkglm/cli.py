@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 import textwrap
@@ -21,7 +22,7 @@ from chunkglm import job as jobs
 from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import share_freed_memory, stage, threads
+from chunkglm.cluster import SLURM, THREADS, check_scheduler, computing, share_freed_memory, stage
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
 from chunkglm.convert import is_converted
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 # No markup: a name may hold anything.
 OUT = Console(highlight=False, markup=False)
 ERR = Console(stderr=True, highlight=False, markup=False)
+
+DEFAULT_MEMORY = "2GiB"
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 
@@ -80,15 +83,34 @@ _json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists.")
 _memory = click.option(
     "--memory",
-    default="2GiB",
+    default=DEFAULT_MEMORY,
     show_default=True,
     help="Memory to use besides the interpreter and its imports (about 200 MiB).",
 )
-_n_threads = click.option(
-    "--n-threads",
-    type=click.IntRange(1),
-    default=plan.available_cpus,
-    help="Voxel blocks at a time.  [default: all processors]",
+_where = _options(
+    click.option(
+        "--n-threads",
+        type=click.IntRange(1),
+        help="Voxel blocks at a time on this machine, or in each job of slurm.  [default: all processors; 1 in a job]",
+    ),
+    click.option(
+        "--scheduler",
+        default=THREADS,
+        show_default=True,
+        metavar="threads|processes|slurm|tcp://HOST:PORT",
+        help="Where to compute: threads or worker processes of this machine, Slurm jobs, or a running Dask cluster.",
+    ),
+    click.option(
+        "--workers",
+        type=click.IntRange(1),
+        help="Number of processes or of Slurm jobs; of a running cluster, how many workers to wait for.",
+    ),
+    click.option(
+        "--performance-report",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="HTML file for Dask's own report of what a cluster did.",
+    ),
 )
 _mask = click.option(
     "--mask", type=EXISTING, help="Mask image. Without it the brain is found in the temporal mean."
@@ -177,7 +199,7 @@ _job_options = _options(
     _threshold(3.0),
     _cut_coords,
     _memory,
-    _n_threads,
+    _where,
     click.option(
         "--report/--no-report",
         "report",
@@ -388,18 +410,19 @@ def verify(stores_: tuple[str, ...]) -> None:
 @_column_names
 @_mask
 @_model
-@_n_threads
+@_where
 @_overwrite
 def fit(
     runs: tuple[str, ...],
     designs: tuple[str, ...],
     output: str,
     column_names: str | None,
-    n_threads: int,
     *,
-    overwrite: bool,
     sample_masks: tuple[str, ...],
     signal_scaling: str,
+    mask: str | None,
+    noise_model: str,
+    compat: str | None,
     **options: Any,
 ) -> None:
     """Fit the run stores RUN (or all runs of a study).
@@ -410,51 +433,75 @@ def fit(
     frames = [read_design(path, columns=names_for(path, names)) for path in designs]
     masks = [sample_mask_of(path) for path in sample_masks] or None
     scaling = _scaling(signal_scaling)
-    lazy = fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **options)
-    _save(lazy, output, "Fitting", n_threads=n_threads, overwrite=overwrite)
+    model: dict[str, Any] = {"noise_model": noise_model, "compat": compat, "mask": mask}
+
+    def lazy() -> xr.Dataset:
+        return fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **model)
+
+    _save(lazy, output, "Fitting", **options)
 
 
 @cli.command()
 @click.argument("fit_store", metavar="FIT", type=EXISTING)
 @_contrasts
 @click.option("--output", required=True, type=EXISTING, help="Store for the contrasts.")
-@_n_threads
+@_where
 @_overwrite
-def contrast(
-    fit_store: str, contrasts: tuple[str, ...], output: str, n_threads: int, *, overwrite: bool
-) -> None:
+def contrast(fit_store: str, contrasts: tuple[str, ...], output: str, **options: Any) -> None:
     """Test contrasts of the regressors of FIT in every run.
 
     Example: chunkglm contrast fit.zarr --contrast "diff=face - house" --output contrasts.zarr
     """
-    lazy = compute_contrast(stores.open_store(fit_store), _read_contrasts(contrasts))
-    _save(lazy, output, "Computing contrasts", n_threads=n_threads, overwrite=overwrite)
+    asked = _read_contrasts(contrasts)
+
+    def lazy() -> xr.Dataset:
+        return compute_contrast(stores.open_store(fit_store), asked)
+
+    _save(lazy, output, "Computing contrasts", **options)
 
 
 @cli.command()
 @click.argument("contrast_store", metavar="CONTRASTS", type=EXISTING)
 @_precision_weighted
 @click.option("--output", required=True, type=EXISTING, help="Store for the fixed effects.")
-@_n_threads
+@_where
 @_overwrite
-def combine(
-    contrast_store: str, output: str, n_threads: int, *, overwrite: bool, precision_weighted: bool
-) -> None:
+def combine(contrast_store: str, output: str, *, precision_weighted: bool, **options: Any) -> None:
     """Combine the runs in CONTRASTS by fixed effects.
 
     Example: chunkglm combine contrasts.zarr --output fixed.zarr
     """
-    lazy = fixed_effects(stores.open_store(contrast_store), precision_weighted=precision_weighted)
-    _save(lazy, output, "Combining runs", n_threads=n_threads, overwrite=overwrite)
+
+    def lazy() -> xr.Dataset:
+        return fixed_effects(stores.open_store(contrast_store), precision_weighted=precision_weighted)
+
+    _save(lazy, output, "Combining runs", **options)
 
 
-def _save(lazy: xr.Dataset, output: str, title: str, *, n_threads: int, overwrite: bool) -> None:
-    if not overwrite and stores.is_saved(lazy, output):
+def _save(lazy: Callable[[], xr.Dataset], output: str, title: str, *, overwrite: bool, **where: Any) -> None:
+    where["n_threads"] = _threads_of(where["scheduler"], where["n_threads"])
+    check_scheduler(where["scheduler"], where["workers"], where["performance_report"])
+    # A cluster is bothered only if there is something to do, and workers have other working directories.
+    ds, place = lazy(), output if "://" in output else os.path.abspath(output)  # noqa: PTH100  (links stay)
+    if not overwrite and stores.is_saved(ds, output):
         OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
         return
-    with threads(n_threads), stage(ERR, title, "tasks", quiet=_State.quiet) as progress:
-        stores.save(lazy, output, overwrite=overwrite, progress=progress)
+    with (
+        computing(**where, memory=plan.parse_memory(DEFAULT_MEMORY), console=ERR, quiet=_State.quiet),
+        stage(ERR, title, "blocks", quiet=_State.quiet) as progress,
+    ):
+        stores.save(ds, place, overwrite=overwrite, progress=progress)
     OUT.print(f"Wrote {output}", soft_wrap=True)
+
+
+def _threads_of(scheduler: str, given: int | None) -> int:
+    """Threads of this machine, or of a job."""
+    if given is not None and scheduler not in {THREADS, SLURM}:
+        raise InputError(
+            "--n-threads is for threads of this machine and for jobs of slurm. Give the number of processes with --workers; "
+            "the workers of a running cluster have the threads that they were started with (dask worker --nthreads)."
+        )
+    return given or (1 if scheduler == SLURM else plan.available_cpus())
 
 
 @cli.command()
@@ -618,6 +665,7 @@ def run(
 def _job(
     contrasts: tuple[str, ...], column_names: str | None, signal_scaling: str, options: dict[str, Any]
 ) -> Job:
+    options = {**options, "n_threads": _threads_of(options["scheduler"], options["n_threads"])}
     return Job(
         contrasts=_read_contrasts(contrasts),
         column_names=read_column_names(column_names) if column_names else None,

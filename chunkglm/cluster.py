@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import platform
+import sys
+import threading
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import dask.threaded
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,10 +26,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from chunkglm import plan
+from chunkglm._version import __version__
+from chunkglm.errors import ClusterError, InputError, MissingDependencyError
+from chunkglm.tasks import active_client
 
-    from rich.console import Console
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt."""
@@ -30,8 +40,22 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 KEPT_PIECE, KEPT_BYTES = 32 * 2**20, 8 * 2**20
 """Freed memory that may be kept for later: pieces of at most this size, and at the end of the heap."""
 
-SECONDS_BETWEEN_LINES = 10.0
-"""Between lines of progress where there is no terminal."""
+FIRST_LINE, SECONDS_BETWEEN_LINES = 5.0, 60.0
+"""Until the first line of progress where there is no terminal, and between the next ones."""
+
+SECONDS_BETWEEN_LOOKS = 2.0
+"""Between looks at the memory in use."""
+
+SECONDS_TO_CONNECT, SECONDS_TO_WAIT = 10.0, 30.0
+"""For a scheduler to answer, and for its workers to come and to answer."""
+
+THREADS, PROCESSES, SLURM, PROTOCOLS = "threads", "processes", "slurm", ("tcp://", "tls://")
+
+DECIDING = ("numpy", "scipy", "numcodecs", "nibabel", "xarray", "zarr", "dask", "distributed")
+"""Packages that must be the same on all machines, for one result and for tasks that are understood."""
+
+INTERPRETER_BYTES = 300 * 2**20
+"""What a batch job is asked for besides the memory that chunkglm is to use."""
 
 
 def share_freed_memory() -> None:
@@ -64,26 +88,420 @@ def threads(number: int) -> Iterator[None]:
         yield
 
 
+def check_scheduler(scheduler: str, workers: int | None, performance_report: object | None) -> None:
+    """Refuse what cannot be meant.
+
+    Parameters
+    ----------
+    scheduler, workers, performance_report
+        See :func:`computing`.
+
+    Raises
+    ------
+    InputError
+    """
+    if scheduler not in {THREADS, PROCESSES, SLURM} and not scheduler.startswith(PROTOCOLS):
+        raise InputError(
+            f"The scheduler is {scheduler!r}; it must be threads, processes, slurm, or the address of a running Dask "
+            "scheduler: tcp://host:8786."
+        )
+    if workers is not None and workers < 1:
+        raise InputError(f"{workers} workers were asked for; there must be at least 1.")
+    if scheduler == THREADS and workers is not None:
+        raise InputError(
+            "Workers are processes, and the scheduler is threads. Give the number of threads (--n-threads), or have worker "
+            "processes: --scheduler processes."
+        )
+    if scheduler == THREADS and performance_report is not None:
+        raise InputError(
+            "A performance report is drawn from what a cluster's scheduler takes down, and threads have none. With "
+            "--scheduler processes there is one on this machine."
+        )
+
+
+@contextmanager
+def computing(
+    scheduler: str,
+    *,
+    n_threads: int,
+    workers: int | None = None,
+    memory: int,
+    console: Console,
+    quiet: bool = False,
+    performance_report: Path | None = None,
+) -> Iterator[None]:
+    """Compute on threads, or on a cluster, which is made or found, checked, and left at the end.
+
+    Parameters
+    ----------
+    scheduler : str
+        ``"threads"`` of this process; ``"processes"`` of this machine, each of one thread; ``"slurm"``, for batch jobs as
+        dask's configuration of ``jobqueue.slurm`` has them; or the address of a running scheduler, ``"tcp://host:port"``.
+    n_threads : int
+        Of ``threads``, and of each job of ``slurm`` where the configuration says nothing.
+    workers : int, optional
+        Number of ``processes`` (all processors by default) or of jobs (1 by default); of a running scheduler, how many
+        workers are waited for (1 by default).
+    memory : int
+        Bytes that each worker may use besides interpreter and imports; what a job of ``slurm`` asks for where the
+        configuration says nothing.
+    console : rich.console.Console
+        For the address of the dashboard.
+    quiet : bool
+        Tell nothing.
+    performance_report : Path, optional
+        HTML file for distributed's report of the computation.
+
+    Raises
+    ------
+    InputError, MissingDependencyError
+    ClusterError
+        If the scheduler does not answer, no worker comes, or workers have other versions of what decides about results.
+    """
+    check_scheduler(scheduler, workers, performance_report)
+    if scheduler == THREADS:
+        with threads(n_threads):
+            yield
+        return
+    with _needs("distributed", "cluster", f"--scheduler {scheduler}"):
+        import distributed as untyped  # noqa: PLC0415
+    distributed: Any = untyped
+    if performance_report is not None:
+        with _needs("bokeh", "cluster", "--performance-report"):
+            import bokeh  # noqa: F401, PLC0415
+        # Found out now, not when all is done.
+        performance_report = Path(performance_report).absolute()
+        performance_report.parent.mkdir(parents=True, exist_ok=True)
+
+    def tell(text: str) -> None:
+        if not quiet:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with (
+        _made(scheduler, distributed, n_threads, workers, memory) as address,
+        _connected(distributed, address) as client,
+    ):
+        if "dashboard" in client.scheduler_info()["services"]:
+            tell(f"Dashboard: {client.dashboard_link}")
+        _wait_for_workers(client, 1 if scheduler == SLURM else (workers or 1), scheduler, tell)
+        check_versions(client)
+        if performance_report is None:
+            yield
+            return
+        with distributed.performance_report(filename=str(performance_report)):
+            yield
+
+
+@contextmanager
+def _needs(package: str, extra: str, wanted: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{wanted} needs {package}, which is not installed. Install it: pip install 'chunkglm[{extra}]'."
+        ) from error
+
+
+@contextmanager
+def _made(
+    scheduler: str, distributed: Any, n_threads: int, workers: int | None, memory: int
+) -> Iterator[Any]:
+    """A cluster that is ours, or the address of one that is not."""
+    if scheduler == PROCESSES:
+        # One thread each, and no limit of distributed's own: what a task takes is chunkglm's arithmetic.
+        with distributed.LocalCluster(
+            n_workers=workers or plan.available_cpus(),
+            threads_per_worker=1,
+            processes=True,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            memory_limit=None,
+            silence_logs=logging.CRITICAL,
+        ) as cluster:
+            yield cluster
+    elif scheduler == SLURM:
+        with slurm_cluster(n_threads, memory) as cluster:
+            cluster.scale(jobs=workers or 1)
+            yield cluster
+    else:
+        yield scheduler
+
+
+def slurm_cluster(n_threads: int, memory: int) -> Any:
+    """Make a cluster of Slurm jobs, without any yet.
+
+    Parameters
+    ----------
+    n_threads : int
+        Processors of a job, and threads of its one worker, where dask's configuration (``jobqueue.slurm``) says nothing.
+    memory : int
+        Bytes for chunkglm in a job, where the configuration says nothing.
+
+    Returns
+    -------
+    dask_jobqueue.SLURMCluster
+
+    Raises
+    ------
+    MissingDependencyError, ClusterError
+    """
+    with _needs("dask-jobqueue", "hpc", "--scheduler slurm"):
+        import dask_jobqueue as untyped  # noqa: PLC0415
+    jobqueue: Any = untyped
+    # Several users share a login node: the dashboard is on any free port.
+    configured = dask.config.get("jobqueue.slurm.scheduler-options", None) or {}
+    options: dict[str, Any] = {"scheduler_options": {"dashboard_address": ":0", **configured}}
+    if dask.config.get("jobqueue.slurm.cores", None) is None:
+        options["cores"] = n_threads
+        options["processes"] = dask.config.get("jobqueue.slurm.processes", None) or 1
+    if dask.config.get("jobqueue.slurm.memory", None) is None:
+        options["memory"] = f"{memory + INTERPRETER_BYTES}B"
+    try:
+        return jobqueue.SLURMCluster(**options)
+    except (ValueError, TypeError, OSError) as error:
+        raise ClusterError(
+            f"Slurm jobs cannot be prepared: {error}. What they ask for comes from dask's configuration, jobqueue.slurm in "
+            "~/.config/dask/jobqueue.yaml (queue, account, walltime, cores, memory)."
+        ) from error
+
+
+@contextmanager
+def _connected(distributed: Any, cluster: Any) -> Iterator[Any]:
+    try:
+        client = distributed.Client(cluster, timeout=SECONDS_TO_CONNECT)
+    except (OSError, ValueError, TimeoutError, RuntimeError) as error:
+        raise ClusterError(
+            f"The scheduler {cluster} cannot be reached: {error}. Check the address, which dask scheduler prints when it "
+            "starts, and that this machine may connect to it."
+        ) from error
+    with client:
+        yield client
+
+
+def _wait_for_workers(client: Any, number: int, scheduler: str, tell: Callable[[str], None]) -> None:
+    """Until so many workers are there: for batch jobs as long as it takes, else not for long."""
+    started, told = time.monotonic(), False
+    while (there := n_workers(client)) < number:
+        if scheduler == SLURM and not told:
+            told = True
+            tell("Waiting for the first Slurm job to start (squeue tells about it; Ctrl-C gives up).")
+        if scheduler != SLURM and time.monotonic() - started > SECONDS_TO_WAIT:
+            raise ClusterError(
+                f"The scheduler {client.scheduler.address} has {there} workers after {SECONDS_TO_WAIT:.0f} s, and {number} are "
+                f"needed. Start some: dask worker {client.scheduler.address} --nthreads 1."
+            )
+        time.sleep(0.1)
+
+
+def n_workers(client: Any) -> int:
+    """How many workers a cluster has at the moment."""
+    return len(client.nthreads())
+
+
+class Workers(NamedTuple):
+    """What the workers of a cluster have: the smallest numbers of threads and bytes, all threads, and how many they are."""
+
+    n_workers: int
+    total_threads: int
+    most_threads: int
+    memory: int | None
+
+
+def describe_workers(client: Any) -> Workers:
+    """Find out what a task may use.
+
+    Parameters
+    ----------
+    client : distributed.Client
+
+    Returns
+    -------
+    Workers
+        ``memory`` is the smallest limit that dask keeps any of them to; None if to none.
+    """
+    threads_of = list(client.nthreads().values()) or [1]
+    limits = [limit for limit in ask_workers(client, _memory_limit).values() if limit]
+    return Workers(len(threads_of), sum(threads_of), max(threads_of), min(limits, default=None))
+
+
+def _memory_limit(dask_worker: Any) -> int | None:
+    limit: int | None = dask_worker.memory_manager.memory_limit
+    return limit
+
+
+def ask_workers(client: Any, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Call a function on every worker, beside its tasks.
+
+    Returns
+    -------
+    dict
+        By the address of the worker.
+
+    Raises
+    ------
+    ClusterError
+        If one does not answer, or cannot import chunkglm.
+    """
+    answers: dict[str, Any] = {}
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            answers.update(client.run(function, *arguments, on_error="return"))
+        except Exception as error:  # noqa: BLE001  (it is told in the other thread)
+            failed.append(error)
+
+    # In a thread, as a worker that is stopped does not answer.
+    asking = threading.Thread(target=ask, name="chunkglm-ask", daemon=True)
+    asking.start()
+    asking.join(SECONDS_TO_WAIT)
+    if asking.is_alive() or failed:
+        why = failed[0] if failed else f"not all workers answer within {SECONDS_TO_WAIT:.0f} s"
+        raise ClusterError(
+            f"The workers of {client.scheduler.address} cannot be asked: {why}. Restart those that hang."
+        )
+    for address, answer in answers.items():
+        if isinstance(answer, BaseException):
+            raise ClusterError(
+                f"The worker {address} cannot run chunkglm {__version__}: {type(answer).__name__}: {answer}. Scheduler and "
+                "workers must run in the same environment as this command."
+            )
+    return answers
+
+
+def check_versions(client: Any) -> None:
+    """Refuse workers with other versions of what decides about results.
+
+    Raises
+    ------
+    ClusterError
+    """
+    here = _versions()
+    for address, there in ask_workers(client, _versions).items():
+        if different := [f"{name} {there.get(name)}" for name in here if there.get(name) != here[name]]:
+            ours = ", ".join(f"{name} {here[name]}" for name in here if there.get(name) != here[name])
+            raise ClusterError(
+                f"The worker {address} has {', '.join(different)}, and this command {ours}. Results could differ from worker "
+                "to worker: start the workers in the same environment as this command."
+            )
+
+
+def _versions() -> dict[str, str]:
+    """Of Python and what decides about results."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"chunkglm": __version__, "python": python, **{name: version(name) for name in DECIDING}}
+
+
+def check_paths(client: Any, paths: Sequence[Path]) -> None:
+    """Refuse workers that do not see the files and folders that they are to work on.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    paths : sequence of Path
+        Absolute.
+
+    Raises
+    ------
+    ClusterError
+    """
+    for address, missing in ask_workers(client, _missing, [str(path) for path in paths]).items():
+        if missing:
+            raise ClusterError(
+                f"The worker {address} does not see {missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}. Workers read the runs and write the results "
+                "themselves: all must lie on a file system that every machine has under the same path."
+            )
+
+
+def _missing(paths: list[str]) -> list[str]:
+    return [path for path in paths if not Path(path).exists()]
+
+
+# ----------------------------------------------------------------------------------------------------------- watching
+
+
+def memory_in_use() -> int | None:
+    """Resident bytes of this process; on a cluster, of all its workers. None where it is not known."""
+    client = active_client()
+    if client is not None:
+        # A look at what is shown must not end the work.
+        with suppress(Exception):
+            return int(client.run_on_scheduler(_memory_of_workers))
+        return None
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def _memory_of_workers(dask_scheduler: Any) -> int:
+    return sum(one.metrics.get("memory", 0) for one in dask_scheduler.workers.values())
+
+
+class _Watch:
+    """How far a stage is, how fast, and what it takes."""
+
+    def __init__(self, title: str, unit: str, n_bytes: int | None) -> None:
+        self.title, self.unit, self.n_bytes = title, unit, n_bytes
+        self.done, self.total = 0, 0
+        self._started = time.monotonic()
+        self._memory: int | None = None
+        self._looked = -SECONDS_BETWEEN_LOOKS
+
+    def about(self) -> str:
+        """Throughput and memory."""
+        now = time.monotonic()
+        spent = max(now - self._started, 1e-3)
+        if now - self._looked >= SECONDS_BETWEEN_LOOKS:
+            self._looked, self._memory = now, memory_in_use()
+        rate = ""
+        if self.done and self.total and self.n_bytes is not None:
+            rate = f"{self.n_bytes * self.done / self.total / spent / 2**20:.1f} MiB/s"
+        elif self.done:
+            rate = f"{self.done / spent:.3g} {self.unit}/s"
+        memory = "" if self._memory is None else f"{plan.format_bytes(self._memory)} in use"
+        return ", ".join(filter(None, (rate, memory)))
+
+    def line(self) -> str:
+        """All of it in one line."""
+        spent = time.monotonic() - self._started
+        if not self.total:
+            parts = [f"{self.title}: begun {spent:.0f} s ago"]
+        else:
+            left = self.total - self.done
+            rest = f"about {spent / self.done * left:.0f} s left" if self.done else f"{spent:.0f} s so far"
+            parts = [
+                f"{self.title}: {self.done} of {self.total} {self.unit}",
+                rest if left else f"{spent:.1f} s",
+            ]
+        return ", ".join(filter(None, (*parts, self.about())))
+
+
 @contextmanager
 def stage(
-    console: Console, title: str, unit: str, *, quiet: bool = False
+    console: Console, title: str, unit: str, *, n_bytes: int | None = None, quiet: bool = False
 ) -> Iterator[Callable[[int, int], None] | None]:
-    """Show the progress of one stage of the work with an estimate of what is left.
+    """Show the progress of one stage of the work: an estimate of what is left, throughput, and memory in use.
 
     Parameters
     ----------
     console : rich.console.Console
-        A bar on a terminal or in a notebook, plain lines elsewhere.
+        A bar on a terminal or in a notebook; elsewhere plain lines: one soon, one a minute, and one at the end.
     title, unit : str
         What is done, and what is counted.
+    n_bytes : int, optional
+        Bytes of signal that all units are together; throughput is in MiB of signal a second, else in units.
     quiet : bool
         Show nothing.
 
     Yields
     ------
     callable or None
-        To be called with the number of finished units and of all units.
+        To be called with the number of finished units and of all units, from any thread.
     """
+    watch_of = _Watch(title, unit, n_bytes)
     if quiet:
         yield None
     elif console.is_terminal or console.is_jupyter:
@@ -92,28 +510,74 @@ def stage(
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[about]}", markup=False),
         ]
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(title, total=None, about="")
+
+            def update(done: int, total: int) -> None:
+                watch_of.done, watch_of.total = done, total
+                bar.update(task, completed=done, total=total, about=watch_of.about())
+
+            yield update
     else:
-        yield _lines(console, title, unit)
+        with _lines(console, watch_of) as show:
+            yield show
 
 
-def _lines(console: Console, title: str, unit: str) -> Callable[[int, int], None]:
-    """Progress as plain lines: at intervals, and at the end."""
-    started = time.monotonic()
-    last = [started]
+@contextmanager
+def _lines(console: Console, watch_of: _Watch) -> Iterator[Callable[[int, int], None]]:
+    """Progress as plain lines: at intervals, whatever happens or does not, and at the end."""
+    over = threading.Event()
+
+    def tell() -> None:
+        console.print(watch_of.line(), highlight=False, markup=False, soft_wrap=True)
+
+    def tick() -> None:
+        pause = FIRST_LINE
+        while not over.wait(pause):
+            tell()
+            pause = SECONDS_BETWEEN_LINES
 
     def show(done: int, total: int) -> None:
-        now = time.monotonic()
-        if done < total and now - last[0] < SECONDS_BETWEEN_LINES:
-            return
-        last[0] = now
-        spent = now - started
-        rest = f"about {spent / done * (total - done):.0f} s left" if done < total else f"{spent:.1f} s"
-        console.print(
-            f"{title}: {done} of {total} {unit}, {rest}", highlight=False, markup=False, soft_wrap=True
-        )
+        watch_of.done, watch_of.total = done, total
+        if done >= total and not over.is_set():
+            over.set()
+            tell()
 
-    return show
+    ticking = threading.Thread(target=tick, name="chunkglm-progress", daemon=True)
+    ticking.start()
+    try:
+        yield show
+    finally:
+        over.set()
+        ticking.join()
+
+
+@contextmanager
+def watch(title: str, *, unit: str = "blocks") -> Iterator[Callable[[int, int], None]]:
+    """Show the progress of a conversion or of saving, with an estimate of what is left, throughput and memory in use.
+
+    Parameters
+    ----------
+    title : str
+        What is done.
+    unit : str
+        What is counted: the blocks that :func:`chunkglm.save` writes, the ``"volumes"`` that :func:`chunkglm.convert` reads.
+
+    Yields
+    ------
+    callable
+        For ``progress=``. In a notebook or on a terminal it draws a bar, elsewhere it prints lines: one soon, one a minute,
+        and one at the end. On a cluster the memory is that of its workers together.
+
+    Examples
+    --------
+    >>> with cg.watch("Fitting") as progress:  # doctest: +SKIP
+    ...     cg.save(cg.fit(runs, designs), "fit.zarr", progress=progress)
+    """
+    with stage(Console(stderr=True, highlight=False, markup=False), title, unit) as progress:
+        if progress is not None:
+            yield progress

@@ -132,6 +132,7 @@ def convert_run(
     resume: bool = True,
     progress: Callable[[int, int], None] | None,
     consume: Consumer | None = None,
+    aside: bool = False,
 ) -> xr.Dataset:
     """Convert a run, as :func:`convert` does, and let its values be used while they come by.
 
@@ -147,6 +148,8 @@ def convert_run(
         Called with the number of a voxel block (see :func:`chunkglm.plan.voxel_blocks`) and its next volumes
         ``(n, z, y, x)``, in physical units and as the store holds them. The volumes of a voxel block come in order;
         different blocks from different threads. The array is valid during the call.
+    aside : bool
+        Do not mind another process that was given the same work: see :func:`chunkglm.store.site.building`.
 
     Returns
     -------
@@ -164,7 +167,7 @@ def convert_run(
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
         template = _template(reader, repetition_time, smoothing_fwhm, chunks, masked=mask is not None)
         made_of = _made_of(reader, repetition_time, smoothing_fwhm, given_mask)
-        with stores.writing(store, made_of, overwrite=overwrite, resume=resume) as writer:
+        with stores.writing(store, made_of, overwrite=overwrite, resume=resume, aside=aside) as writer:
             shapes = {"bold": tuple(chunks), "mask": grid.shape, "mean_image": grid.shape}
             writer.create(stores.savable(template), shapes)
             pipeline = _Pipeline(

@@ -11,23 +11,26 @@ import os
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm.blocks import compute
 from chunkglm.chunkfiles import PARTIAL
-from chunkglm.cluster import stage, threads
-from chunkglm.contrasts import contrast
-from chunkglm.convert import convert_run, describe_run, is_converted
-from chunkglm.errors import ChunkGLMWarning, MissingDependencyError, StoreError, StoreExistsError
-from chunkglm.fixed_effects import fixed_effects
+from chunkglm.cluster import check_paths, computing, describe_workers, stage, threads
+from chunkglm.convert import convert_run, describe_run
+from chunkglm.errors import (
+    ChunkGLMWarning,
+    MemoryBudgetError,
+    MissingDependencyError,
+    StoreError,
+    StoreExistsError,
+)
 from chunkglm.glm import fit, plan_fit
-from chunkglm.maps import MEAN_IMAGE, PROVENANCE, read_maps, write_json, write_maps
+from chunkglm.maps import MEAN_IMAGE, PROVENANCE, Written, read_maps, write_json, write_maps
 from chunkglm.preflight import check_job, fit_threads
 from chunkglm.provenance import (
     fit_made_of,
@@ -40,7 +43,18 @@ from chunkglm.provenance import (
     run_parts,
 )
 from chunkglm.report import PICTURES, REPORT, picture_names, report
+from chunkglm.stages import (
+    convert_there,
+    is_done,
+    look_at_fit,
+    look_at_fits_there,
+    maps_of,
+    maps_workplace,
+    write_maps_there,
+    write_mean,
+)
 from chunkglm.streamed import StreamedRun, create_fit, spatial_chunks, sums_bytes
+from chunkglm.tasks import active_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -111,20 +125,32 @@ def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
     if previous and key is not None and previous.get("key") == key and _is_there(job, previous):
         return Summary(True, previous["outputs"], previous["peaks"], time.monotonic() - started, None)
     _check_output(job, previous, key)
-    runs = _convert_and_fit(job, models, console, quiet=quiet)
-    if runs is None:
-        runs = _convert_all(job, hashes, console, quiet=quiet)
-    sources = [run.attrs["source_sha256"] for run in runs.values()]
-    with threads(fit_threads(job, runs, models)):
-        fitted = _fit_all(job, runs, models, console, quiet=quiet)
-        key = job_hash(job, models, sources)
-        old = _begin_maps(job, previous, key)
-        hashes_of = {name: maps_hash(job, models, sources, name) for name in job.contrasts}
-        outputs, peaks = _write_all(job, fitted, runs, hashes_of, console, quiet=quiet)
+    with computing(
+        job.scheduler,
+        n_threads=job.n_threads,
+        workers=job.workers,
+        memory=plan.parse_memory(job.memory),
+        console=console,
+        quiet=quiet,
+        performance_report=job.performance_report,
+    ):
+        if active_client() is not None:
+            _check_places(job)
+        runs = _convert_and_fit(job, models, console, quiet=quiet)
+        if runs is None:
+            runs = _convert_all(job, models, hashes, console, quiet=quiet)
+        with _within_memory(job, runs, models):
+            fitted = _fit_all(job, runs, models, console, quiet=quiet)
+            sources = [run.attrs["source_sha256"] for run in runs.values()]
+            key = job_hash(job, models, sources)
+            old = _begin_maps(job, previous, key)
+            hashes_of = {name: maps_hash(job, models, sources, name) for name in job.contrasts}
+            outputs, peaks = _write_all(job, fitted, runs, hashes_of, console, quiet=quiet)
+            about = _look_at_fits(job, fitted, runs)
     for name in sorted(set(old) - set(outputs)):
         _inside(job.output, name).unlink(missing_ok=True)
     summary = Summary(False, outputs, peaks, time.monotonic() - started, peak_memory())
-    record = record_of(job, key, runs, fitted, summary)
+    record = record_of(job, key, runs, fitted, summary, about_fits=about)
     write_json(job.output / PROVENANCE, record)
     _warn_of_limits(record["runs"])
     return summary
@@ -250,6 +276,8 @@ def _convert_and_fit(
     Otherwise nothing is done here, and they are to be converted first, and fitted from their stores.
     """
     place = job.output / "fit.zarr"
+    if active_client() is not None:
+        return None
     if any(stores.exists(one) for one in (job.output / "runs.zarr", place, f"{place}{PARTIAL}")):
         return None
     if job.mask is None or job.noise_model == "auto":
@@ -293,19 +321,71 @@ def _fits_beside(needed: Callable[[int], int], extra: int, memory: int, wanted: 
 
 
 def _convert_all(
-    job: Job, hashes: list[str] | None, console: Console, *, quiet: bool
+    job: Job, models: Models, hashes: list[str] | None, console: Console, *, quiet: bool
 ) -> dict[str, xr.Dataset]:
     """The run stores; those that are there and current, as the fit of this command left them, are only opened."""
-    runs = {}
-    for number, source in enumerate(job.runs, start=1):
-        place = _run_place(job, number)
-        known = {**job.run_options, "sha256": None if hashes is None else hashes[number - 1]}
-        if hashes is not None and is_converted(source, place, **known) and _is_trusted(place, job):
-            runs[str(number)] = stores.open_run(place)
-        else:
-            memory = plan.parse_memory(job.memory)
-            runs[str(number)] = _convert(job, source, number, console, quiet=quiet, memory=memory)
-    return runs
+    wanted = {
+        number: (source, _run_place(job, number))
+        for number, source in enumerate(job.runs, start=1)
+        if hashes is None
+        or not is_done(
+            source,
+            _run_place(job, number),
+            overwrite=job.overwrite,
+            sha256=hashes[number - 1],
+            **job.run_options,
+        )
+    }
+    client = active_client()
+    if client is None:
+        for number, (source, _) in wanted.items():
+            _convert(job, source, number, console, quiet=quiet, memory=plan.parse_memory(job.memory))
+    else:
+        there = {number: (_absolute(source), place.absolute()) for number, (source, place) in wanted.items()}
+        volumes = {number: len(models.designs[str(number)]) for number in wanted}
+        title = f"Converting {len(wanted)} {'run' if len(wanted) == 1 else 'runs'}"
+        n_bytes = sum(_signal_bytes(source) for source, _ in wanted.values())
+        with stage(console, title, "volumes", n_bytes=n_bytes, quiet=quiet or not wanted) as progress:
+            convert_there(client, job, there, volumes, progress)
+    return {str(number): stores.open_run(_run_place(job, number)) for number in range(1, len(job.runs) + 1)}
+
+
+def _absolute(source: str) -> str:
+    """A path or URL that means the same in another working directory."""
+    return source if "://" in source else str(Path(source).absolute())
+
+
+def _signal_bytes(source: str) -> int:
+    """Bytes of the values of a recording, as they are in its file when it is decompressed."""
+    with nifti.open_reader(source) as reader:
+        return reader.shape[0] * reader.header.volume_bytes
+
+
+def _check_places(job: Job) -> None:
+    """Refuse a cluster that does not see the inputs and the folder of the results."""
+    inputs = [
+        Path(_absolute(one)) for one in (*job.runs, *([job.mask] if job.mask else [])) if "://" not in one
+    ]
+    with maps_workplace(job.output.absolute() / "maps") as probe:
+        check_paths(active_client(), [*inputs, probe])
+
+
+@contextmanager
+def _within_memory(job: Job, runs: Mapping[str, xr.Dataset], models: Models) -> Iterator[None]:
+    """As many voxel blocks at a time as the memory holds; a cluster has the threads that it has."""
+    client = active_client()
+    if client is None:
+        with threads(fit_threads(job, runs, models)):
+            yield
+        return
+    there = describe_workers(client)
+    fitting = fit_threads(replace(job, n_threads=there.most_threads), runs, models)
+    if fitting < there.most_threads:
+        raise MemoryBudgetError(
+            f"Workers have {there.most_threads} threads, and {job.memory} for each worker hold {fitting} voxel blocks at a "
+            f"time. Give more --memory, if the machines have it, or start workers with fewer threads: --nthreads {fitting}."
+        )
+    yield
 
 
 def _is_trusted(place: Path, job: Job) -> bool:
@@ -328,7 +408,7 @@ def _convert(
     consume: Consumer | None = None,
 ) -> xr.Dataset:
     title = f"{'Converting' if consume is None else 'Converting and fitting'} {Path(source).name}"
-    with stage(console, title, "volumes", quiet=quiet) as progress:
+    with stage(console, title, "volumes", n_bytes=_signal_bytes(source), quiet=quiet) as progress:
         return convert_run(
             source,
             _run_place(job, number),
@@ -354,7 +434,8 @@ def _fit_all(
     if stores.is_up_to_date(place, {**shared, "runs": parts}) and _is_trusted(place, job):
         return stores.open_store(place)
     lazy = fit(dict(runs), models.designs, sample_masks=models.kept, **job.fit_options)
-    with stage(console, "Fitting", "tasks", quiet=quiet) as progress:
+    n_bytes = sum(run["bold"].size * run["bold"].dtype.itemsize for run in runs.values())
+    with stage(console, "Fitting", "blocks", n_bytes=n_bytes, quiet=quiet) as progress:
         return stores.save_runs(lazy, place, shared, parts, overwrite=job.overwrite, progress=progress)
 
 
@@ -371,62 +452,73 @@ def _write_all(
     folder = job.output / "maps"
     folder.mkdir(parents=True, exist_ok=True)
     inputs = [run.attrs["source_name"] for run in runs.values()]
-    nifti.to_nifti(_mean_of(runs), folder / MEAN_IMAGE, overwrite=True)
-    outputs, found = [folder / MEAN_IMAGE], []
-    total, done = len(job.contrasts) * (len(runs) + 1), 0
+    made: dict[tuple[str, str | None], Written] = {}
+    wanted: dict[str, dict[str | None, xr.Dataset]] = {}
+    for name, definition in job.contrasts.items():
+        entries = maps_of(fitted, name, definition, precision_weighted=job.precision_weighted)
+        for label in list(entries):
+            kept = read_maps(folder, name, label, hashes[name])
+            if kept is not None:
+                made[name, label] = kept
+                del entries[label]
+        wanted[name] = entries
+    about: dict[tuple[str, str | None], dict[str, Any]] = {
+        (name, label): {
+            "inputs": inputs if label is None else [inputs[list(runs).index(label)]],
+            "made_of": hashes[name],
+            "n_threads": 1 if active_client() is not None else job.n_threads,
+        }
+        for name, entries in wanted.items()
+        for label in entries
+    }
+    order = [(name, label) for name in job.contrasts for label in (None, *runs)]
     with stage(console, "Writing maps", "contrasts", quiet=quiet) as progress:
-        for name, definition in job.contrasts.items():
-            lazy = contrast(fitted, {name: definition}).isel(contrast=0, drop=True)
-            combined = fixed_effects(lazy, precision_weighted=job.precision_weighted)
-            entries: list[tuple[str | None, xr.Dataset, list[str]]] = [(None, combined, inputs)]
-            entries += [
-                (str(label), lazy.isel(run=n), inputs[n : n + 1])
-                for n, label in enumerate(lazy["run"].values)
-            ]
-            there = {label: read_maps(folder, name, label, hashes[name]) for label, _, _ in entries}
-            for kept in filter(None, there.values()):
-                outputs += kept.paths
-                found.append(kept.peaks)
-            done += len(entries) - sum(kept is None for kept in there.values())
-            for some in _batches(
-                [one for one in entries if there[one[0]] is None], plan.parse_memory(job.memory)
-            ):
-                # Together, so that what they share is read and solved once.
-                computed = compute([one for _, one, _ in some])
-                for (label, _, of), maps in zip(some, computed, strict=True):
-                    written = write_maps(
-                        maps,
-                        folder,
-                        name,
-                        run=label,
-                        inputs=of,
-                        made_of=hashes[name],
-                        n_threads=job.n_threads,
-                    )
-                    outputs += written.paths
-                    found.append(written.peaks)
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-    labels = [None, *runs]
-    found.sort(key=lambda one: (list(job.contrasts).index(one["contrast"]), labels.index(one["run"])))
-    return [os.path.relpath(path, job.output) for path in outputs], found
+        for which, one in _written(job, wanted, about, runs):
+            made[which] = one
+            if progress is not None:
+                progress(len(made), len(order))
+    paths = [folder / MEAN_IMAGE, *(path for which in order for path in made[which].paths)]
+    return [os.path.relpath(path, job.output) for path in paths], [made[which].peaks for which in order]
+
+
+def _written(
+    job: Job,
+    wanted: Mapping[str, dict[str | None, xr.Dataset]],
+    about: Mapping[tuple[str, str | None], dict[str, Any]],
+    runs: Mapping[str, xr.Dataset],
+) -> Iterator[tuple[tuple[str, str | None], Written]]:
+    """Write the mean image and the maps that are not there, here or on a cluster; each as it is done."""
+    client = active_client()
+    if client is not None:
+        yield from write_maps_there(client, job, [(*which, options) for which, options in about.items()])
+        return
+    folder = job.output / "maps"
+    write_mean(list(runs.values()), folder)
+    for name, entries in wanted.items():
+        for some in _batches(list(entries.items()), plan.parse_memory(job.memory)):
+            # Together, so that what they share is read and solved once.
+            for (label, _), maps in zip(some, compute([one for _, one in some]), strict=True):
+                options = about[name, label]
+                yield (name, label), write_maps(maps, folder, name, run=label, **options)
+
+
+def _look_at_fits(job: Job, fitted: xr.Dataset, runs: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
+    """What became of each run, for the record."""
+    client = active_client()
+    if client is not None:
+        return look_at_fits_there(client, job)
+    options: dict[str, Any] = {
+        "signal_scaling": job.signal_scaling,
+        "smoothing_fwhm": job.smoothing_fwhm,
+    }
+    return [look_at_fit(fitted, run, number, **options) for number, run in enumerate(runs.values())]
 
 
 def _batches(
-    entries: list[tuple[str | None, xr.Dataset, list[str]]], memory: int
-) -> Iterator[list[tuple[str | None, xr.Dataset, list[str]]]]:
+    entries: list[tuple[str | None, xr.Dataset]], memory: int
+) -> Iterator[list[tuple[str | None, xr.Dataset]]]:
     """Divide maps into those that are computed at a time: two, if a part of the memory holds them."""
-    largest = max((one.nbytes for _, one, _ in entries), default=0)
+    largest = max((one.nbytes for _, one in entries), default=0)
     size = MAPS_AT_A_TIME if MAPS_AT_A_TIME * largest <= MAPS_SHARE * memory else 1
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
-
-
-def _mean_of(runs: Mapping[str, xr.Dataset]) -> xr.DataArray:
-    """Mean of the runs' mean images, with one of them in memory at a time."""
-    first, *others = (run["mean_image"] for run in runs.values())
-    total = first.astype(np.float64).compute()
-    for other in others:
-        total = total.copy(data=total.values + other.values)
-    return (total / len(runs)).astype(np.float32)

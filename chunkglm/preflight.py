@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from chunkglm import grids, nifti, plan
+from chunkglm.cluster import check_scheduler
 from chunkglm.contrasts import check_contrast
 from chunkglm.convert import describe_run, mask_sha256
 from chunkglm.design import as_design, estimable_regressors, read_design, variance_inflation
@@ -150,6 +151,8 @@ def examine(job: Job) -> Examination:
         check_options(job.noise_model, job.signal_scaling, job.compat)
     with found.errors_of("options"):
         plan.parse_memory(job.memory)
+    with found.errors_of("options"):
+        check_scheduler(job.scheduler, job.workers, job.performance_report)
     with found.errors_of("options"):
         _check_threshold(job)
     with found.errors_of("options"):

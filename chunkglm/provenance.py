@@ -135,7 +135,13 @@ def peak_memory() -> int | None:
 
 
 def record_of(
-    job: Job, key: str, runs: Mapping[str, xr.Dataset], fitted: xr.Dataset, summary: Summary
+    job: Job,
+    key: str,
+    runs: Mapping[str, xr.Dataset],
+    fitted: xr.Dataset,
+    summary: Summary,
+    *,
+    about_fits: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Say how results were made, and what became of each run.
 
@@ -147,6 +153,8 @@ def record_of(
     runs : mapping of str to Dataset
     fitted : Dataset
     summary : Summary
+    about_fits : sequence of mapping
+        From :func:`about_fit`, for each run.
 
     Returns
     -------
@@ -189,7 +197,7 @@ def record_of(
                 "volumes": run.sizes["time"],
                 "volumes_kept": int(fitted["sample_mask"].isel(run=number).sum()),
                 "repetition_time": run.attrs["repetition_time"],
-                **_about_fit(fitted.isel(run=number), run, job),
+                **about_fits[number],
             }
             for number, ((label, run), path, design) in enumerate(
                 zip(runs.items(), job.runs, job.designs, strict=True)
@@ -205,13 +213,34 @@ def _about_sample_mask(job: Job, number: int) -> dict[str, Any]:
     return {"sample_mask": path, "sample_mask_sha256": None if path == "all" else _sha256(path)}
 
 
-def _about_fit(fitted: xr.Dataset, run: xr.Dataset, job: Job) -> dict[str, Any]:
-    """What became of the voxels of a run, and why those that were left out were."""
+ABOUT_FIT = ("mask", "sigma2", "rho", "rho_at_limit", "column", "dof", "order")
+"""Variables of a fit that :func:`about_fit` looks at, where they are there."""
+
+
+def about_fit(
+    fitted: xr.Dataset, run: xr.Dataset, *, signal_scaling: str | None, smoothing_fwhm: float | None
+) -> dict[str, Any]:
+    """Say what became of the voxels of a run, and why those that were left out were.
+
+    Parameters
+    ----------
+    fitted : Dataset
+        The variables ``ABOUT_FIT`` of the run.
+    run : Dataset
+        With its mean image.
+    signal_scaling, smoothing_fwhm
+        What it was fitted and converted with.
+
+    Returns
+    -------
+    dict
+        For JSON.
+    """
     in_mask, alive = fitted["mask"].values.astype(bool), np.isfinite(fitted["sigma2"].values)
     lost = run["mean_image"].values[in_mask & ~alive]
     reasons = {"values that are not finite": ~np.isfinite(lost)}
-    if job.signal_scaling == "voxel":
-        before = "" if job.smoothing_fwhm is None else " (before smoothing)"
+    if signal_scaling == "voxel":
+        before = "" if smoothing_fwhm is None else " (before smoothing)"
         with np.errstate(invalid="ignore"):
             reasons[f"temporal mean of 0 or less{before}"] = lost <= 0
     reasons["no variance in time"] = ~np.any(list(reasons.values()), axis=0)

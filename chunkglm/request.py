@@ -41,6 +41,9 @@ class Job:
     report: bool = True
     overwrite: bool = False
     command: tuple[str, ...] = ()
+    scheduler: str = "threads"
+    workers: int | None = None
+    performance_report: Path | None = None
 
     @property
     def run_options(self) -> dict[str, Any]:

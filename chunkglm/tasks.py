@@ -9,8 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, cast
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import dask
 import dask.array
@@ -20,7 +22,7 @@ from dask.callbacks import Callback
 from chunkglm.errors import ClusterError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     Progress = Callable[[int, int], None]
 
@@ -93,7 +95,7 @@ def run_tasks(graph: Any, keys: Sequence[Any], *, progress: Progress | None = No
 
 
 def run_calls(
-    client: Any, function: Callable[..., Any], items: Iterable[tuple[Any, ...]]
+    client: Any, function: Callable[..., Any], items: Sequence[Mapping[str, Any]]
 ) -> Iterator[tuple[int, Any]]:
     """Call a function on the workers of a cluster.
 
@@ -102,8 +104,8 @@ def run_calls(
     client : distributed.Client
     function : callable
         That can be imported there.
-    items : iterable of tuple
-        Arguments of each call.
+    items : sequence of mapping
+        Arguments of each call, by their names.
 
     Yields
     ------
@@ -116,11 +118,71 @@ def run_calls(
         See :func:`run_tasks`.
     """
     # Each is done anew, whatever was done before.
-    futures = [client.submit(function, *item, pure=False) for item in items]
+    name = f"{function.__name__.strip('_')}-{uuid.uuid4().hex}"
+    futures = [
+        client.submit(_call, function, dict(item), key=f"{name}-{number}")
+        for number, item in enumerate(items)
+    ]
     numbers = {future.key: number for number, future in enumerate(futures)}
     for future in _finished(client, futures):
         result = future.result()
         yield numbers[future.key], result
+
+
+class Task(NamedTuple):
+    """What is known of a task within it: the worker, and its key."""
+
+    worker: Any
+    key: Any
+
+    def refuse_if_taken_back(self) -> None:
+        """Stop a long task that nobody waits for any more.
+
+        Raises
+        ------
+        ClusterError
+        """
+        state = self.worker.state.tasks.get(self.key)
+        if state is None or state.state == "cancelled":
+            raise ClusterError(
+                "The task was taken back: the command that asked for it was stopped or is gone."
+            )
+
+    def tell(self, topic: str, news: Any) -> None:
+        """Send a message to who listens: see :func:`listening`."""
+        self.worker.log_event(topic, news)
+
+
+def current_task() -> Task:
+    """The task that this thread is in."""
+    worker = _distributed().get_worker()
+    return Task(worker, worker.get_current_task())
+
+
+@contextmanager
+def listening(client: Any, topic: str, hear: Callable[[Any], None]) -> Iterator[None]:
+    """Call a function, from one other thread, with every message of a topic."""
+    # The thread that brings them is the client's own, which may not wait for anything.
+    news: SimpleQueue[tuple[Any] | None] = SimpleQueue()
+
+    def listen() -> None:
+        while (one := news.get()) is not None:
+            hear(one[0])
+
+    thread = threading.Thread(target=listen, name="chunkglm-listen", daemon=True)
+    thread.start()
+    client.subscribe_topic(topic, lambda event: news.put((event[1],)))
+    try:
+        yield
+    finally:
+        with suppress(OSError, RuntimeError):
+            client.unsubscribe_topic(topic)
+        news.put(None)
+        thread.join()
+
+
+def _call(function: Callable[..., Any], item: Mapping[str, Any]) -> Any:
+    return function(**item)
 
 
 def _finished(client: Any, futures: Sequence[Any]) -> Iterator[Any]:

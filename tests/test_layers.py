@@ -47,6 +47,7 @@ LAYERS = [
     "preflight",
     "provenance",
     "stale",
+    "stages",
     "job",
     "testing",
     "demo",
