@@ -10,6 +10,7 @@ from chunkglm import accessor as _accessor  # noqa: F401  (registers .glm)
 from chunkglm import errors
 from chunkglm._version import __version__
 from chunkglm.append import append_run
+from chunkglm.cluster import watch
 from chunkglm.contrasts import contrast
 from chunkglm.convert import convert
 from chunkglm.design import read_design
@@ -40,5 +41,6 @@ __all__ = [
     "time_course",
     "to_nifti",
     "verify",
+    "watch",
     "world",
 ]

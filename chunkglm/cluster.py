@@ -299,16 +299,18 @@ def n_workers(client: Any) -> int:
 
 
 class Workers(NamedTuple):
-    """What the workers of a cluster have: the smallest numbers of threads and bytes, all threads, and how many they are."""
+    """What the workers of a cluster have."""
 
     n_workers: int
     total_threads: int
     most_threads: int
+    """Of one worker."""
     memory: int | None
+    """The smallest limit that dask keeps one of them to, in bytes; None if to none."""
 
 
 def describe_workers(client: Any) -> Workers:
-    """Find out what a task may use.
+    """Find out what a task may use, from what the scheduler knows of its workers.
 
     Parameters
     ----------
@@ -317,16 +319,15 @@ def describe_workers(client: Any) -> Workers:
     Returns
     -------
     Workers
-        ``memory`` is the smallest limit that dask keeps any of them to; None if to none.
     """
-    threads_of = list(client.nthreads().values()) or [1]
-    limits = [limit for limit in ask_workers(client, _memory_limit).values() if limit]
-    return Workers(len(threads_of), sum(threads_of), max(threads_of), min(limits, default=None))
+    known = client.run_on_scheduler(_threads_and_limits)
+    n_threads = [one for one, _ in known] or [1]
+    limits = [limit for _, limit in known if limit]
+    return Workers(len(known), sum(n_threads), max(n_threads), min(limits, default=None))
 
 
-def _memory_limit(dask_worker: Any) -> int | None:
-    limit: int | None = dask_worker.memory_manager.memory_limit
-    return limit
+def _threads_and_limits(dask_scheduler: Any) -> list[tuple[int, int]]:
+    return [(one.nthreads, one.memory_limit or 0) for one in dask_scheduler.workers.values()]
 
 
 def ask_workers(client: Any, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -335,38 +336,39 @@ def ask_workers(client: Any, function: Callable[..., Any], *arguments: Any) -> d
     Returns
     -------
     dict
-        By the address of the worker.
+        By the address of the worker. Those that are lost or stopped in this moment are not among them.
 
     Raises
     ------
     ClusterError
-        If one does not answer, or cannot import chunkglm.
+        If none answers, or one cannot import chunkglm.
     """
     answers: dict[str, Any] = {}
-    failed: list[BaseException] = []
 
-    def ask() -> None:
-        try:
-            answers.update(client.run(function, *arguments, on_error="return"))
-        except Exception as error:  # noqa: BLE001  (it is told in the other thread)
-            failed.append(error)
+    def ask(address: str) -> None:
+        # A worker that cannot be reached is the scheduler's business.
+        with suppress(Exception):
+            answers.update(client.run(function, *arguments, workers=[address], on_error="return"))
 
-    # In a thread, as a worker that is stopped does not answer.
-    asking = threading.Thread(target=ask, name="chunkglm-ask", daemon=True)
-    asking.start()
-    asking.join(SECONDS_TO_WAIT)
-    if asking.is_alive() or failed:
-        why = failed[0] if failed else f"not all workers answer within {SECONDS_TO_WAIT:.0f} s"
+    # In threads, as a worker that is stopped does not answer.
+    asking = [threading.Thread(target=ask, args=(one,), daemon=True) for one in client.nthreads()]
+    for one in asking:
+        one.start()
+    end = time.monotonic() + SECONDS_TO_CONNECT
+    for one in asking:
+        one.join(max(0.0, end - time.monotonic()))
+    found = {address: answer for address, answer in answers.items() if not isinstance(answer, OSError)}
+    if not found:
         raise ClusterError(
-            f"The workers of {client.scheduler.address} cannot be asked: {why}. Restart those that hang."
+            f"No worker of {client.scheduler.address} answers within {SECONDS_TO_CONNECT:.0f} s. Restart those that hang."
         )
-    for address, answer in answers.items():
+    for address, answer in found.items():
         if isinstance(answer, BaseException):
             raise ClusterError(
                 f"The worker {address} cannot run chunkglm {__version__}: {type(answer).__name__}: {answer}. Scheduler and "
                 "workers must run in the same environment as this command."
             )
-    return answers
+    return found
 
 
 def check_versions(client: Any) -> None:

@@ -22,7 +22,7 @@ from chunkglm.blocks import compute
 from chunkglm.cluster import describe_workers
 from chunkglm.contrasts import contrast
 from chunkglm.convert import convert_run, is_converted
-from chunkglm.errors import StoreError
+from chunkglm.errors import StoreError, StoreExistsError
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.maps import MEAN_IMAGE, Written, write_maps
 from chunkglm.provenance import ABOUT_FIT, about_fit
@@ -103,7 +103,11 @@ def _convert_task(
     overwrite: bool,
 ) -> None:
     """Convert a run, unless a worker did so that was lost before it could tell."""
-    if is_done(source, Path(place), overwrite=overwrite, sha256=None, **options):
+
+    def done() -> bool:
+        return is_done(source, Path(place), overwrite=overwrite, sha256=None, **options)
+
+    if done():
         return
     task = current_task()
     told = 0.0
@@ -115,7 +119,12 @@ def _convert_task(
             told = time.monotonic()
             task.tell(topic, [number, done])
 
-    convert_run(source, place, **options, **limits, overwrite=overwrite, progress=progress, aside=True)
+    try:
+        convert_run(source, place, **options, **limits, overwrite=overwrite, progress=progress, aside=True)
+    except StoreExistsError:
+        # By a worker that was lost, in this moment.
+        if not done():
+            raise
 
 
 @contextmanager

@@ -97,12 +97,20 @@ def make_design():
 def pytest_addoption(parser):
     """How much of the slow evidence is gathered."""
     parser.addoption("--kills", type=int, default=20, help="processes that are killed at random instants")
+    parser.addoption(
+        "--worker-kills", type=int, default=3, help="workers that are killed, paused or restarted"
+    )
     parser.addoption("--flips", type=int, default=50, help="bits that are flipped in stores")
 
 
 @pytest.fixture
 def n_kills(request):
     return request.config.getoption("--kills")
+
+
+@pytest.fixture
+def n_worker_kills(request):
+    return request.config.getoption("--worker-kills")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A real cluster on this machine: a scheduler and workers, processes that speak TCP, each in a folder of its own."""
 
+import json
 import os
 import signal
 import subprocess
@@ -19,17 +20,15 @@ class Cluster:
         self.environment = {
             **os.environ,
             # The package under test, from wherever these processes run.
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
             "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": worker_ttl,
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
         words = ["--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"]
-        words += ["--scheduler-file", str(folder / "scheduler.json")]
+        words += ["--scheduler-file", str(folder / "scheduler.json"), "--preload", "count_bytes"]
         self.scheduler = self._start("scheduler", "distributed.cli.dask_scheduler", words)
         self._wait_for((folder / "scheduler.json").is_file)
-        import json
-
         self.address = json.loads((folder / "scheduler.json").read_text())["address"]
 
     def _start(self, name, module, words):

@@ -107,6 +107,11 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
                 raise _damaged(self.name, [problem])
         return buffer
 
+    @property
+    def root(self) -> str:
+        """Where a local store is, for processes in any working directory."""
+        return self._root or self.name
+
     def leaves(self, key: str) -> bool:
         """Whether a file of a local store is a link to somewhere else."""
         root = self._root
@@ -141,7 +146,7 @@ def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
     name = store_name(store)
     if not is_url(name) and not Path(name).is_dir():
         raise _not_a_folder(name)
-    backend = backend_of(name, read_only=True)
+    backend = backend_of(name if is_url(name) else os.path.abspath(name), read_only=True)  # noqa: PTH100  (links stay)
     root = read_file(backend, ROOT)
     if root is None:
         raise _without_root(name, backend)
@@ -355,7 +360,8 @@ class StoredArray:
 
     def _read(self, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
         key = chunk_key(self._name, index)
-        path, entry = Path(self._store.name) / key, self._store.manifest.get(key)
+        # From wherever the process is that reads.
+        path, entry = Path(self._store.root) / key, self._store.manifest.get(key)
         self._store.refuse_link(key)
         try:
             return chunkfiles.read_chunk(path, entry, self.chunks, self._stored_dtype)
