@@ -46,6 +46,7 @@ def rows_of(text):
             ],
         ),
         ("mask_size", ["imports alone", "the whole mask", "one per cent of it"]),
+        ("workers", ["one worker", "two workers"]),
     ],
 )
 def test_comparison__prints_a_row_for_every_command(name, expected, capsys):

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import dask
 import dask.array as da
@@ -135,7 +134,9 @@ def assert_same(found, expected):
 def test_the_job_on_workers__the_bytes_of_one_process(data, local, three, tmp_path):
     report = tmp_path / "report.html"
     options = ["--scheduler", three.address, "--workers", "3", "--performance-report", report]
-    code, out, err = finish(start(data, *words(tmp_path / "there", *options)))
+    # As a user types it, and from where workers are not.
+    output = os.path.relpath(tmp_path / "there", data)
+    code, out, err = finish(start(data, *words(output, *options)))
     assert code == 0, err + three.logs()
     assert_same(tmp_path / "there", local)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "there"]
@@ -143,8 +144,8 @@ def test_the_job_on_workers__the_bytes_of_one_process(data, local, three, tmp_pa
     for line in ("Converting 3 runs: 165 of 165 volumes", "Fitting: ", "Writing maps: 8 of 8 contrasts"):
         assert line in err
     assert "bokeh" in report.read_text().lower()
-    # Again, there is nothing to do, and a new contrast makes its maps, from stores that one process wrote.
-    code, out, _ = finish(start(data, *words(tmp_path / "there", *options)))
+    # Again, there is nothing to do.
+    code, out, _ = finish(start(data, *words(output, *options)))
     assert (code, "up to date" in out) == (0, True)
 
 
@@ -174,11 +175,13 @@ def test_steps_on_workers(local, data, three, tmp_path):
     assert_same(tmp_path / "there", tmp_path / "here")
 
 
-def test_saving_uses_the_client_that_is_there(local, client, tmp_path):
+def test_saving_uses_the_client_that_is_there(local, client, tmp_path, monkeypatch):
     fit = cg.open_store(local / "fit.zarr")
     lazy = cg.contrast(fit, "SSt - SSp")
     seen = []
-    saved = cg.save(lazy, tmp_path / "there", progress=lambda done, total: seen.append((done, total)))
+    # Workers have other working directories.
+    monkeypatch.chdir(tmp_path)
+    saved = cg.save(lazy, "there", progress=lambda done, total: seen.append((done, total)))
     assert seen == [(n, len(seen)) for n in range(1, len(seen) + 1)]
     ran = {key.split("-")[0] if isinstance(key, str) else key[0].split("-")[0] for key in ran_on(client)}
     assert any("write" in name for name in ran)

@@ -123,8 +123,10 @@ class Site:
     def __init__(self, name: str, made_of: Mapping[str, Any], *, overwrite: bool, folder: str = "") -> None:
         self.name, self.folder = name, folder or name + PARTIAL
         self.root: bytes | None = None
-        self.backend = backend_of(name if is_url(name) else f"{self.folder}/{STORE}", read_only=False)
-        self.workplace = None if is_url(name) else Path(self.folder) / WRITING / uuid.uuid4().hex
+        # Workers that write there have other working directories.
+        there = os.path.abspath(self.folder)  # noqa: PTH100  (links stay)
+        self.backend = backend_of(name if is_url(name) else f"{there}/{STORE}", read_only=False)
+        self.workplace = None if is_url(name) else Path(there) / WRITING / uuid.uuid4().hex
         self._before: tuple[int, int] | None = None
         self._records = backend_of(self.folder, read_only=False)
         self._made_of, self._overwrite = dict(made_of), overwrite
