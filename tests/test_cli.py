@@ -656,14 +656,14 @@ def test_readme__runs_as_it_stands_from_top_to_bottom(data, tmp_path, monkeypatc
     kinds, again = [], None
     for kind, code in re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
         if kind == "python":
-            names = {}
+            names = {"__name__": "__main__"}
             exec(compile(code, "README.md", "exec"), names)
             again = names if "z-again" in code else again
         elif not code.startswith("python3 -m venv"):
             for line in code.replace("\\\n", " ").splitlines():
                 assert call(*shlex.split(line)[1:]) == 0, line
         kinds.append(kind)
-    assert kinds == ["bash"] * 6 + ["python"] * 4
+    assert kinds == ["bash"] * 6 + ["python"] * 5
     for name in ("results/report.html", "faces.png", "face-house.png"):
         assert Path(name).is_file()
     z = nib.load("z.nii.gz").get_fdata()

@@ -301,7 +301,12 @@ def happen(cluster, chance, what):
         cluster.signal(name, signal.SIGCONT)
         return
     cluster.signal(name, signal.SIGKILL if what == "killed" else signal.SIGTERM)
-    cluster.processes[name].wait()
+    try:
+        # A worker that is asked to end waits for its task.
+        cluster.processes[name].wait(2)
+    except subprocess.TimeoutExpired:
+        cluster.signal(name, signal.SIGKILL)
+        cluster.processes[name].wait()
     cluster.start_worker(name)
 
 
