@@ -248,8 +248,9 @@ def map_voxel_blocks(function: Callable[..., Array], runs: Sequence[RunBlocks], 
         inputs += [(da.stack(each), dims[:1]) for each in zip(*(one.computed for one in runs), strict=True)]
         name = f"{_name_of(function)}-{tokenize([_content(one) for one, _ in inputs], chunks)}"
         data = _blockwise(_do_stored, name, dims, inputs, chunks)
-    data.dask.layers[data.name].collection_annotations = {TASK_BYTES: max(one.task_bytes for one in runs)}
-    return Rows(data, ("run", *SPACE), n_rows)
+    rows = Rows(data, ("run", *SPACE), n_rows)
+    set_task_bytes(rows, max(one.task_bytes for one in runs))
+    return rows
 
 
 def _in_chunks(rows: Rows, spatial: tuple[tuple[int, ...], ...]) -> Any:
@@ -365,6 +366,12 @@ def _blockwise(
 
 
 TASK_BYTES = "task_bytes"
+
+
+def set_task_bytes(rows: Rows, n_bytes: int) -> None:
+    """Say what memory a task needs that makes a block of rows, for :func:`task_bytes`."""
+    if isinstance(rows.data, da.Array):
+        rows.data.dask.layers[rows.data.name].collection_annotations = {TASK_BYTES: n_bytes}
 
 
 def task_bytes(arrays: Sequence[Any]) -> int:

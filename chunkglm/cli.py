@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import dask
 from rich.console import Console
 from rich.table import Table
 
+from chunkglm import budget, nifti, plan
 from chunkglm import demo as demonstration
 from chunkglm import job as jobs
-from chunkglm import nifti, plan
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import SLURM, THREADS, check_scheduler, computing, share_freed_memory, stage
+from chunkglm.cluster import SLURM, THREADS, check_scheduler, computing, share_freed_memory, stage, threads
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
 from chunkglm.convert import is_converted
@@ -32,7 +33,7 @@ from chunkglm.expressions import contrast_name, parse_definition
 from chunkglm.fixed_effects import fixed_effects
 from chunkglm.glm import fit as fit_runs
 from chunkglm.maps import PROVENANCE, export_maps
-from chunkglm.preflight import check_job, examine
+from chunkglm.preflight import check_job, examine, plan_job
 from chunkglm.report import PICTURES, REPORT, save_figure
 from chunkglm.report import plot as draw
 from chunkglm.report import report as write_report
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 OUT = Console(highlight=False, markup=False)
 ERR = Console(stderr=True, highlight=False, markup=False)
 
-DEFAULT_MEMORY = "2GiB"
 
 PICTURE_TYPES = (".png", ".svg", ".pdf")
 
@@ -83,9 +83,9 @@ _json = click.option("--json", "as_json", is_flag=True, help="For programs.")
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what exists.")
 _memory = click.option(
     "--memory",
-    default=DEFAULT_MEMORY,
-    show_default=True,
-    help="Memory to use besides the interpreter and its imports (about 200 MiB).",
+    default=budget.configured,
+    help="Memory to use, on a cluster by each worker, besides the interpreter and its imports (about 130 MiB).  [default: "
+    f"chunkglm.memory of Dask's configuration, or {budget.DEFAULT}]",
 )
 _where = _options(
     click.option(
@@ -410,6 +410,7 @@ def verify(stores_: tuple[str, ...]) -> None:
 @_column_names
 @_mask
 @_model
+@_memory
 @_where
 @_overwrite
 def fit(
@@ -436,7 +437,8 @@ def fit(
     model: dict[str, Any] = {"noise_model": noise_model, "compat": compat, "mask": mask}
 
     def lazy() -> xr.Dataset:
-        return fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **model)
+        with threads(_threads_of(THREADS, None)), dask.config.set({budget.KEY: options["memory"]}):
+            return fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **model)
 
     _save(lazy, output, "Fitting", **options)
 
@@ -445,6 +447,7 @@ def fit(
 @click.argument("fit_store", metavar="FIT", type=EXISTING)
 @_contrasts
 @click.option("--output", required=True, type=EXISTING, help="Store for the contrasts.")
+@_memory
 @_where
 @_overwrite
 def contrast(fit_store: str, contrasts: tuple[str, ...], output: str, **options: Any) -> None:
@@ -464,6 +467,7 @@ def contrast(fit_store: str, contrasts: tuple[str, ...], output: str, **options:
 @click.argument("contrast_store", metavar="CONTRASTS", type=EXISTING)
 @_precision_weighted
 @click.option("--output", required=True, type=EXISTING, help="Store for the fixed effects.")
+@_memory
 @_where
 @_overwrite
 def combine(contrast_store: str, output: str, *, precision_weighted: bool, **options: Any) -> None:
@@ -478,7 +482,9 @@ def combine(contrast_store: str, output: str, *, precision_weighted: bool, **opt
     _save(lazy, output, "Combining runs", **options)
 
 
-def _save(lazy: Callable[[], xr.Dataset], output: str, title: str, *, overwrite: bool, **where: Any) -> None:
+def _save(
+    lazy: Callable[[], xr.Dataset], output: str, title: str, *, memory: str, overwrite: bool, **where: Any
+) -> None:
     where["n_threads"] = _threads_of(where["scheduler"], where["n_threads"])
     check_scheduler(where["scheduler"], where["workers"], where["performance_report"])
     # A cluster is bothered only if there is something to do, and workers have other working directories.
@@ -487,10 +493,10 @@ def _save(lazy: Callable[[], xr.Dataset], output: str, title: str, *, overwrite:
         OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
         return
     with (
-        computing(**where, memory=plan.parse_memory(DEFAULT_MEMORY), console=ERR, quiet=_State.quiet),
+        computing(**where, memory=plan.parse_memory(memory), console=ERR, quiet=_State.quiet),
         stage(ERR, title, "blocks", quiet=_State.quiet) as progress,
     ):
-        stores.save(ds, place, overwrite=overwrite, progress=progress)
+        stores.save(ds, place, memory=memory, overwrite=overwrite, progress=progress)
     OUT.print(f"Wrote {output}", soft_wrap=True)
 
 
@@ -632,6 +638,12 @@ def report(results: Path, threshold: float | None, cut_coords: tuple[float, floa
 @click.option(
     "--dry-run", is_flag=True, help="Compute nothing: say what is up to date, what would be made, and why."
 )
+@click.option(
+    "--plan",
+    "plan_only",
+    is_flag=True,
+    help="Compute nothing: say what would be in flight in each stage, and the memory and disk that it takes.",
+)
 def run(
     contrasts: tuple[str, ...],
     column_names: str | None,
@@ -639,6 +651,7 @@ def run(
     *,
     as_json: bool,
     dry_run: bool,
+    plan_only: bool,
     **options: Any,
 ) -> None:
     """Do the whole job for the NIfTI runs RUN.
@@ -655,11 +668,53 @@ def run(
         found = products(job, check_job(job))
         _print_rows([one._asdict() for one in found], ("product", "state", "why"), as_json=as_json)
         return
+    if plan_only:
+        _print_plan(job, as_json=as_json)
+        return
     summary = jobs.run_job(job, ERR, quiet=_State.quiet)
     if as_json:
         _print_json({"output": job.output, **asdict(summary)})
     else:
         _show(summary, job.output)
+
+
+def _print_plan(job: Job, *, as_json: bool) -> None:
+    """The stages of a job with their projected memory, and the disk that it takes."""
+    stages, room = plan_job(job)
+    allowed = plan.parse_memory(job.memory)
+    if as_json:
+        _print_json(
+            {
+                "memory": allowed,
+                "peak": max(one.peak for one in stages),
+                "stages": [one._asdict() for one in stages],
+                "disk": room._asdict(),
+            }
+        )
+        return
+    rows = [
+        {
+            "stage": one.name,
+            "tasks": f"{one.tasks:,}",
+            "of": one.of,
+            "at a time": str(one.at_a_time),
+            "projected peak": plan.format_bytes(one.peak),
+        }
+        for one in stages
+    ]
+    _print_rows(rows, tuple(rows[0]), as_json=False)
+    peak = plan.format_bytes(max(one.peak for one in stages))
+    OUT.print(
+        f"\nMemory: {peak} at most, of {plan.format_bytes(allowed)} that are allowed, above the interpreter and its imports.",
+        soft_wrap=True,
+    )
+    OUT.print(
+        f"Disk: about {plan.format_bytes(room.needed)}, of {plan.format_bytes(room.free)} that are free at {room.place}.",
+        soft_wrap=True,
+    )
+    OUT.print(
+        "Nothing was computed; what is up to date already, chunkglm run --dry-run tells.", soft_wrap=True
+    )
 
 
 def _job(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 import numpy as np
 import xarray as xr
 
-from chunkglm.blocks import as_row, map_rows, single_blas_thread, take
+from chunkglm import plan
+from chunkglm.blocks import as_row, map_rows, set_task_bytes, single_blas_thread, take
 from chunkglm.design import is_estimable
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.expressions import Rows, contrast_rows
@@ -355,6 +356,7 @@ def _contrasts(parts: _Parts, tests: list[_Test]) -> xr.Dataset:
     whole = ("regressor", "lag") if "rho" in fit else ("regressor",)
     dims = ("run", *parts.voxel_dims)
     rows = map_rows(kernels, given, dims, n_rows=n_each * len(tests), whole=whole)
+    set_task_bytes(rows, _task_bytes(parts, tests, n_each))
     along = ("contrast", len(tests), n_each) if named else None
 
     def parts_of(user: str = "") -> dict[str, xr.Variable]:
@@ -396,6 +398,24 @@ def _contrasts(parts: _Parts, tests: list[_Test]) -> xr.Dataset:
         ds = ds.assign_coords(contrast=text_labels(named))
     ds.attrs = _attributes(parts, tests)
     return add_statistics(ds, parts_of)
+
+
+def _task_bytes(parts: _Parts, tests: list[_Test], n_each: int) -> int:
+    """Projected memory of a task that makes the estimates of all contrasts at a voxel block of a run."""
+    sigma2 = parts.fit["sigma2"]
+    largest = {dim: max(sizes) for dim, sizes in sigma2.chunksizes.items()} or dict(sigma2.sizes)
+    return plan.statistics_memory_per_thread(
+        plan.StatisticsSize(
+            math.prod(largest[dim] for dim in parts.voxel_dims),
+            len(parts.regressors),
+            parts.fit.sizes.get("lag", 0),
+            parts.fit.sizes["volume"],
+            int(np.any([test.rows.weights.any(axis=0) for test in tests], axis=0).sum()),
+            n_each * len(tests),
+            0,
+            len(tests),
+        )
+    )
 
 
 def _labelled_rows(tests: list[_Test], named: list[str], q: int) -> xr.Dataset:

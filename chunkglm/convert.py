@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-from chunkglm import grids, nifti, plan
+from chunkglm import budget, grids, nifti, plan
 from chunkglm import store as stores
 from chunkglm.blocks import single_blas_thread
 from chunkglm.errors import InputError, MaskError
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 SHORTEST_T_R, LONGEST_T_R = 0.01, 60.0
 """Seconds; a repetition time outside them in a header is more likely one with the wrong unit."""
 
+SAMPLE = 4
+"""Volumes that are looked at before any work."""
+
 
 def convert(
     source: ImageLike,
@@ -44,7 +47,7 @@ def convert(
     mask: ImageLike | xr.DataArray | None = None,
     t_r: float | None = None,
     smoothing_fwhm: float | None = None,
-    memory: int | str = "1GiB",
+    memory: int | str | None = None,
     overwrite: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -72,8 +75,9 @@ def convert(
         Repetition time in seconds; needed where the header has none, and wins over the header.
     smoothing_fwhm : float, optional
         Full width at half maximum of a Gaussian kernel, in mm.
-    memory : int or str
-        What may be used besides the interpreter and its imports, such as ``"512MiB"``.
+    memory : int or str, optional
+        What may be used besides the interpreter and its imports, such as ``"512MiB"``; by default what Dask's configuration
+        ``chunkglm.memory`` says, or else 2 GiB. It changes no result.
     overwrite : bool
         Replace an existing store, also one of the same content.
     resume : bool
@@ -104,7 +108,7 @@ def convert(
     by the histogram of the temporal mean, as in nilearn 0.14.1 (``compute_epi_mask``): see :mod:`chunkglm.kernels.masking`.
     """
     options: dict[str, Any] = {"mask": mask, "t_r": t_r, "smoothing_fwhm": smoothing_fwhm}
-    memory = plan.parse_memory(memory)
+    memory = budget.allowed(memory)
     if not overwrite and is_converted(source, store, **options):
         return stores.open_run(store)
     return convert_run(
@@ -162,7 +166,7 @@ def convert_run(
         grid = grids.Grid(reader.shape[1:], reader.header.affine)
         given_mask = None if mask is None else nifti.read_mask(mask, grid, reader.name)
         smoother = _smoother(reader, smoothing_fwhm, given_mask)
-        needed = _memory_needed(reader, smoother)
+        needed = _memory_needed(reader, smoother, given_mask)
         n_threads = plan.most_threads(memory, needed, n_threads, f"Converting {reader.name}")
         chunks = plan.bold_chunks(reader.shape, _stored_dtype(reader, smoothing_fwhm).itemsize)
         template = _template(reader, repetition_time, smoothing_fwhm, chunks, masked=mask is not None)
@@ -280,10 +284,16 @@ class Description(NamedTuple):
         if none is given.
     needed : callable
         From a number of threads to bytes of memory.
+    examining : int
+        Bytes of memory that it takes to look at ``SAMPLE`` volumes.
+    scaled : bool
+        Whether what is stored means other values than it holds.
     """
 
     run: xr.Dataset
     needed: Callable[[int], int]
+    examining: int
+    scaled: bool
 
 
 def describe_run(
@@ -313,7 +323,13 @@ def describe_run(
         t_r = _repetition_time(reader, t_r)
         ds = _template(reader, t_r, smoothing_fwhm, chunks, masked=mask is not None)
         ds = ds if given_mask is None else ds.assign(mask=(SPACE, given_mask))
-        return Description(ds, _memory_needed(reader, smoother))
+        sample = plan.examining_memory(math.prod(grid.shape), reader.header.dtype.itemsize, SAMPLE)
+        return Description(
+            ds,
+            _memory_needed(reader, smoother, given_mask),
+            sample,
+            reader.header.scaled and smoother is None,
+        )
 
 
 def _check_width(smoothing_fwhm: float | None) -> None:
@@ -343,11 +359,13 @@ def _stored_dtype(reader: RunReader, fwhm: float | None) -> np.dtype[Any]:
     return np.dtype(np.float32) if fwhm is not None else reader.header.dtype.newbyteorder("=")
 
 
-def _memory_needed(reader: RunReader, smoother: Smoother | None) -> Callable[[int], int]:
+def _memory_needed(
+    reader: RunReader, smoother: Smoother | None, mask: NDArray[np.bool_] | None
+) -> Callable[[int], int]:
     """From a number of threads to the memory that a conversion needs."""
     shape, itemsize = reader.shape, reader.header.dtype.itemsize
     smoothed = None if smoother is None else smoother.shape
-    return lambda n: plan.convert_memory(shape, itemsize, n, smoothed=smoothed)
+    return lambda n: plan.convert_memory(shape, itemsize, n, smoothed=smoothed, found=mask is None)
 
 
 def _template(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from chunkglm import grids, nifti
+from chunkglm import budget, grids, nifti
 from chunkglm import plan as memory
 from chunkglm.blocks import (
     RunBlocks,
@@ -129,7 +129,7 @@ def fit(
         order 1 only). Where no coefficients within bounds explain it, the nearest ones are used, and
         ``rho_at_limit`` says so. Whitening leaves the first sample as it is (not that of Prais and Winsten).
         ``"auto"`` reads the data of each run once, at once, and takes the order from 0 to 6 of the smallest
-        Bayesian information criterion, averaged over voxels.
+        Bayesian information criterion, averaged over voxels; within the memory of Dask's configuration ``chunkglm.memory``.
     signal_scaling : {"voxel", "run", None}
         Percent change against the voxel's temporal mean, against the mean over the mask and time, or none. Where
         that mean is 0 or less, the voxel is NaN, and the computation warns once.
@@ -663,18 +663,20 @@ def lazy_rows(plan: FitPlan) -> Rows:
         bold = as_blocks(one.run["bold"])
         computed = _run_mean(bold, one.mask, one.model)
         runs.append(
-            RunBlocks(bold, one.mask, (one.model, one.columns, plan.n_lags), computed, _task_bytes(bold, one))
+            RunBlocks(
+                bold, one.mask, (one.model, one.columns, plan.n_lags), computed, _task_bytes(bold, one.model)
+            )
         )
     return map_voxel_blocks(_fit_block, runs, plan.n_rows)
 
 
-def _task_bytes(bold: xr.DataArray, one: RunPlan) -> int:
+def _task_bytes(bold: xr.DataArray, model: kernel.Model) -> int:
     """Projected memory of a task that fits a block of a run."""
     chunks = memory.Chunks(*(max(sizes) for sizes in bold.data.chunks))
-    basis = one.model.basis
+    basis = model.basis
     censored = int((~basis.kept).sum())
     return memory.fit_memory_per_thread(
-        chunks, bold.dtype.itemsize, len(one.columns), order=basis.order, n_censored=censored
+        chunks, bold.dtype.itemsize, len(basis.to_beta), order=basis.order, n_censored=censored
     )
 
 
@@ -699,7 +701,9 @@ def _best_order(run: xr.Dataset, mask: xr.DataArray, model: kernel.Model) -> int
     G = lag_expectations(model.basis)
     computed = _run_mean(bold, mask, model)
     rows = map_voxel_blocks(_criteria_block, [RunBlocks(bold, mask, (model, G), computed)], len(G))
-    criteria = mean_rows(rows)
+    needs = _task_bytes(bold, model)
+    with budget.tasks_within(None, lambda n: memory.OVERHEAD + n * needs, "Choosing the order of the noise"):
+        criteria = mean_rows(rows)
     return int(np.argmin(criteria)) if np.isfinite(criteria).all() else 0
 
 

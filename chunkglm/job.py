@@ -29,9 +29,10 @@ from chunkglm.errors import (
     StoreError,
     StoreExistsError,
 )
-from chunkglm.glm import fit, plan_fit
+from chunkglm.glm import fit
+from chunkglm.jobplan import fit_threads, maps_at_a_time, one_pass
 from chunkglm.maps import MEAN_IMAGE, PROVENANCE, Written, read_maps, write_json, write_maps
-from chunkglm.preflight import check_job, fit_threads
+from chunkglm.preflight import check_job
 from chunkglm.provenance import (
     fit_made_of,
     job_hash,
@@ -53,11 +54,11 @@ from chunkglm.stages import (
     write_maps_there,
     write_mean,
 )
-from chunkglm.streamed import StreamedRun, create_fit, spatial_chunks, sums_bytes
+from chunkglm.streamed import StreamedRun, create_fit
 from chunkglm.tasks import active_client
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import xarray as xr
     from rich.console import Console
@@ -65,9 +66,6 @@ if TYPE_CHECKING:
     from chunkglm.convert import Consumer
     from chunkglm.request import Job, Models
 
-
-MAPS_AT_A_TIME, MAPS_SHARE = 2, 0.25
-"""Runs, or fixed effects, whose maps are computed together, if this part of the memory holds them."""
 
 MANY_AT_LIMIT = 0.01
 """Part of the voxels whose autocorrelation is at its limit, above which it is worth a warning."""
@@ -145,7 +143,7 @@ def _do_job(job: Job, console: Console, *, quiet: bool) -> Summary:
             key = job_hash(job, models, sources)
             old = _begin_maps(job, previous, key)
             hashes_of = {name: maps_hash(job, models, sources, name) for name in job.contrasts}
-            outputs, peaks = _write_all(job, fitted, runs, hashes_of, console, quiet=quiet)
+            outputs, peaks = _write_all(job, fitted, runs, hashes_of, console, models=models, quiet=quiet)
             about = _look_at_fits(job, fitted, runs)
     for name in sorted(set(old) - set(outputs)):
         _inside(job.output, name).unlink(missing_ok=True)
@@ -275,23 +273,13 @@ def _convert_and_fit(
 
     Otherwise nothing is done here, and they are to be converted first, and fitted from their stores.
     """
-    place = job.output / "fit.zarr"
     if active_client() is not None:
         return None
-    if any(stores.exists(one) for one in (job.output / "runs.zarr", place, f"{place}{PARTIAL}")):
+    described = {str(n): describe_run(run, **job.run_options) for n, run in enumerate(job.runs, start=1)}
+    streaming = one_pass(job, models, described)
+    if streaming is None:
         return None
-    if job.mask is None or job.noise_model == "auto":
-        return None
-    described = [describe_run(run, **job.run_options) for run in job.runs]
-    recordings = {str(number): one.run for number, one in enumerate(described, start=1)}
-    fit_plan = plan_fit(recordings, models.designs, mask=None, sample_masks=models.kept, **job.fit_options)
-    chunks = spatial_chunks(fit_plan)
-    memory, sums = plan.parse_memory(job.memory), [sums_bytes(one) for one in fit_plan.runs]
-    if chunks is None or not all(
-        _fits_beside(one.needed, extra, memory, job.n_threads)
-        for one, extra in zip(described, sums, strict=True)
-    ):
-        return None
+    place, (fit_plan, chunks, converting, estimating) = job.output / "fit.zarr", streaming
     runs: dict[str, xr.Dataset] = {}
     parts: list[dict[str, str]] = []
     shared = fit_made_of(job, models)
@@ -300,24 +288,22 @@ def _convert_and_fit(
         ThreadPoolExecutor(1) as beside,
     ):
         created = beside.submit(create_fit, writer, fit_plan, chunks)
-        for number, (label, source, extra) in enumerate(zip(models.designs, job.runs, sums, strict=True)):
+        for number, (label, source) in enumerate(zip(models.designs, job.runs, strict=True)):
             streamed = StreamedRun(fit_plan, number, chunks)
             runs[label] = _convert(
-                job, source, number + 1, console, quiet=quiet, memory=memory - extra, consume=streamed.add
+                job,
+                source,
+                number + 1,
+                console,
+                quiet=quiet,
+                n_threads=converting[number],
+                consume=streamed.add,
             )
             created.result()
             parts.append(run_part(models, label, runs[label].attrs["source_sha256"]))
-            streamed.write(writer, stores.part_hash(shared, parts[-1]), job.n_threads)
+            streamed.write(writer, stores.part_hash(shared, parts[-1]), estimating[number])
         writer.finish({**shared, "runs": parts})
     return runs
-
-
-def _fits_beside(needed: Callable[[int], int], extra: int, memory: int, wanted: int) -> bool:
-    """Whether a conversion has room for the sums of the fit with as many threads as without them.
-
-    With fewer it would take longer than reading the store once more.
-    """
-    return needed(plan.most_threads(memory, needed, wanted, "Converting")) + extra <= memory
 
 
 def _convert_all(
@@ -339,7 +325,7 @@ def _convert_all(
     client = active_client()
     if client is None:
         for number, (source, _) in wanted.items():
-            _convert(job, source, number, console, quiet=quiet, memory=plan.parse_memory(job.memory))
+            _convert(job, source, number, console, quiet=quiet, n_threads=job.n_threads)
     else:
         there = {number: (_absolute(source), place.absolute()) for number, (source, place) in wanted.items()}
         volumes = {number: len(models.designs[str(number)]) for number in wanted}
@@ -404,7 +390,7 @@ def _convert(
     console: Console,
     *,
     quiet: bool,
-    memory: int,
+    n_threads: int,
     consume: Consumer | None = None,
 ) -> xr.Dataset:
     title = f"{'Converting' if consume is None else 'Converting and fitting'} {Path(source).name}"
@@ -413,8 +399,8 @@ def _convert(
             source,
             _run_place(job, number),
             **job.run_options,
-            memory=memory,
-            n_threads=job.n_threads,
+            memory=plan.parse_memory(job.memory),
+            n_threads=n_threads,
             overwrite=job.overwrite,
             progress=progress,
             consume=consume,
@@ -436,7 +422,9 @@ def _fit_all(
     lazy = fit(dict(runs), models.designs, sample_masks=models.kept, **job.fit_options)
     n_bytes = sum(run["bold"].size * run["bold"].dtype.itemsize for run in runs.values())
     with stage(console, "Fitting", "blocks", n_bytes=n_bytes, quiet=quiet) as progress:
-        return stores.save_runs(lazy, place, shared, parts, overwrite=job.overwrite, progress=progress)
+        return stores.save_runs(
+            lazy, place, shared, parts, memory=job.memory, overwrite=job.overwrite, progress=progress
+        )
 
 
 def _write_all(
@@ -446,6 +434,7 @@ def _write_all(
     hashes: Mapping[str, str],
     console: Console,
     *,
+    models: Models,
     quiet: bool,
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Maps of every contrast for every run and of the fixed effects, one at a time in memory."""
@@ -466,14 +455,13 @@ def _write_all(
         (name, label): {
             "inputs": inputs if label is None else [inputs[list(runs).index(label)]],
             "made_of": hashes[name],
-            "n_threads": 1 if active_client() is not None else job.n_threads,
         }
         for name, entries in wanted.items()
         for label in entries
     }
     order = [(name, label) for name in job.contrasts for label in (None, *runs)]
     with stage(console, "Writing maps", "contrasts", quiet=quiet) as progress:
-        for which, one in _written(job, wanted, about, runs):
+        for which, one in _written(job, wanted, about, runs, models):
             made[which] = one
             if progress is not None:
                 progress(len(made), len(order))
@@ -486,20 +474,27 @@ def _written(
     wanted: Mapping[str, dict[str | None, xr.Dataset]],
     about: Mapping[tuple[str, str | None], dict[str, Any]],
     runs: Mapping[str, xr.Dataset],
+    models: Models,
 ) -> Iterator[tuple[tuple[str, str | None], Written]]:
     """Write the mean image and the maps that are not there, here or on a cluster; each as it is done."""
     client = active_client()
     if client is not None:
-        yield from write_maps_there(client, job, [(*which, options) for which, options in about.items()])
+        yield from write_maps_there(
+            client, job, [(*which, {**options, "n_threads": 1}) for which, options in about.items()]
+        )
         return
     folder = job.output / "maps"
     write_mean(list(runs.values()), folder)
     for name, entries in wanted.items():
-        for some in _batches(list(entries.items()), plan.parse_memory(job.memory)):
+        together, n_threads = maps_at_a_time(job, runs, models, name)
+        missing = list(entries.items())
+        for some in (missing[start : start + together] for start in range(0, len(missing), together)):
             # Together, so that what they share is read and solved once.
-            for (label, _), maps in zip(some, compute([one for _, one in some]), strict=True):
-                options = about[name, label]
-                yield (name, label), write_maps(maps, folder, name, run=label, **options)
+            with threads(n_threads):
+                computed = compute([one for _, one in some])
+            for (label, _), maps in zip(some, computed, strict=True):
+                written = write_maps(maps, folder, name, run=label, **about[name, label], n_threads=n_threads)
+                yield (name, label), written
 
 
 def _look_at_fits(job: Job, fitted: xr.Dataset, runs: Mapping[str, xr.Dataset]) -> list[dict[str, Any]]:
@@ -512,13 +507,3 @@ def _look_at_fits(job: Job, fitted: xr.Dataset, runs: Mapping[str, xr.Dataset]) 
         "smoothing_fwhm": job.smoothing_fwhm,
     }
     return [look_at_fit(fitted, run, number, **options) for number, run in enumerate(runs.values())]
-
-
-def _batches(
-    entries: list[tuple[str | None, xr.Dataset]], memory: int
-) -> Iterator[list[tuple[str | None, xr.Dataset]]]:
-    """Divide maps into those that are computed at a time: two, if a part of the memory holds them."""
-    largest = max((one.nbytes for _, one in entries), default=0)
-    size = MAPS_AT_A_TIME if MAPS_AT_A_TIME * largest <= MAPS_SHARE * memory else 1
-    for start in range(0, len(entries), size):
-        yield entries[start : start + size]

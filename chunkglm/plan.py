@@ -34,6 +34,18 @@ TIME_BLOCK_BYTES = 64 * MIB
 CHUNK_BYTES = 16 * MIB
 """The largest decoded chunk."""
 
+OVERHEAD = 32 * MIB
+"""What a command takes besides arrays, and what allocators keep: measured, see ``benchmarks/README.md``."""
+
+REPORT_OVERHEAD = 80 * MIB
+"""The same with matplotlib and jinja2, their fonts and templates."""
+
+WRITTEN = 4
+"""Copies of a chunk that there are while it is written: itself, filled up at the edge, and compressed."""
+
+VOXEL_TILE, TILE, SOLVE_TILE, SOLVE_BYTES = 8192, 2048, 8192, 8 * MIB
+"""Voxels that kernels work on at a time, and size of their normal equations: a test holds these against the kernels."""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -73,6 +85,11 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" or n >= 100 else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def enough(n: int) -> str:
+    """Write an amount of memory that is at least ``n`` bytes, as :func:`parse_memory` reads it."""
+    return f"{-(-n // MIB)}MiB"
 
 
 def available_cpus() -> int:
@@ -163,6 +180,7 @@ def convert_memory(
     n_threads: int,
     *,
     smoothed: tuple[int, int, int] | None = None,
+    found: bool = True,
 ) -> int:
     """Project the peak memory of converting a run, above the imports.
 
@@ -176,24 +194,100 @@ def convert_memory(
         Threads that read, smooth and store blocks of volumes.
     smoothed : tuple of int, optional
         Shape of the part of a volume that is smoothed and stored as float32.
+    found : bool
+        Whether the mask is found in the temporal mean.
 
     Returns
     -------
     int
-        Bytes: while the run streams, for each thread a raw block, the smoothed block, a chunk and two more that it is
-        compressed to, and the sum over time; after that the volumes that finding the mask needs, the larger of both;
-        and what allocators keep, which was measured.
+        Bytes: while the run streams, for each thread a raw block, the smoothed block, a chunk with what it is filled up and
+        compressed to, and the sum over time; after that the volumes that finding the mask needs, the larger of both.
     """
     stored = 4 if smoothed else itemsize
     chunks = bold_chunks(shape, stored)
     voxels = math.prod(shape[1:])
-    per_thread = chunks.time * voxels * itemsize + 3 * math.prod(chunks) * stored
+    per_thread = chunks.time * voxels * itemsize + WRITTEN * math.prod(chunks) * stored
     if smoothed:
         # A volume between the axes, in float64 at most, about the box.
         per_thread += chunks.time * math.prod(smoothed) * stored + 8 * voxels + 2 * MIB
-    streaming = n_threads * per_thread + 9 * voxels
-    masking = 8 * 8 * voxels
-    return max(streaming, masking) + 32 * MIB
+    streaming = n_threads * per_thread + 10 * voxels
+    masking = 8 * 8 * voxels if found else 24 * voxels
+    return max(streaming, masking) + OVERHEAD
+
+
+class FitSize(NamedTuple):
+    """What the memory that fitting takes depends on.
+
+    Attributes
+    ----------
+    chunks : Chunks
+        Of the signal; the largest.
+    itemsize : int
+        Bytes of a value of the signal, as it is opened.
+    n_regressors : int
+    order : int
+        Of the autoregressive noise.
+    n_censored : int
+        Censored volumes; those about them are kept.
+    n_volumes : int
+        0 if it is not known.
+    """
+
+    chunks: Chunks
+    itemsize: int
+    n_regressors: int
+    order: int = 1
+    n_censored: int = 0
+    n_volumes: int = 0
+
+    @property
+    def voxels(self) -> int:
+        """Of a voxel block."""
+        return self.chunks.z * self.chunks.y * self.chunks.x
+
+    @property
+    def rows_summed(self) -> int:
+        """Numbers that are kept of the data of a voxel: with each regressor and lag, and the samples about gaps."""
+        near = self.order * (2 * self.n_censored + 1)
+        return (self.order + 1) * self.n_regressors + 3 * self.order + 3 + near
+
+    @property
+    def rows_estimated(self) -> int:
+        """Numbers that are estimated at a voxel."""
+        return self.n_regressors + 2 + self.order
+
+
+def sums_memory(size: FitSize, n_voxels: int) -> int:
+    """Bytes of the sums of a run over ``n_voxels`` voxels."""
+    return 8 * size.rows_summed * n_voxels
+
+
+def adding_memory(size: FitSize) -> int:
+    """Bytes that a thread needs for adding a time block to sums: the samples of some voxels, and their products."""
+    return (
+        8 * min(VOXEL_TILE, size.voxels) * (3 * size.chunks.time + (size.order + 1) * size.n_regressors + 16)
+    )
+
+
+def estimating_memory(size: FitSize) -> int:
+    """Bytes that a thread needs for the estimates of a voxel block, besides its sums, until these are let go."""
+    solving = 0
+    if size.order > 1 or size.n_censored:
+        # Normal equations of some voxels, as a matrix, with the other side, and factorised; and equations of coefficients.
+        solving = _equations(size.n_regressors) + 8 * SOLVE_TILE * (8 * size.order**2 + 64)
+    return 8 * size.voxels * (size.n_regressors + 2 * size.order + 8) + solving
+
+
+def writing_memory(size: FitSize) -> int:
+    """Bytes that a thread needs for the estimates of a voxel block while they are put into their places and written."""
+    made = size.rows_estimated
+    return 8 * size.voxels * max(made + (WRITTEN - 1) * size.n_regressors, 2 * made)
+
+
+def _equations(n_regressors: int) -> int:
+    """Bytes of the normal equations that are solved at a time, four times over."""
+    each = 8 * n_regressors * (n_regressors + 1)
+    return 4 * each * min(max(SOLVE_BYTES // each, 64), TILE)
 
 
 def fit_memory_per_thread(
@@ -205,7 +299,7 @@ def fit_memory_per_thread(
     ----------
     chunks : Chunks
     itemsize : int
-        Bytes of a stored value.
+        Bytes of a value of the signal, as it is opened.
     n_regressors : int
     order : int
         Of the autoregressive noise.
@@ -216,13 +310,119 @@ def fit_memory_per_thread(
     -------
     int
         Bytes: one decoded time block of a voxel block with what it was decoded from, the sums (a row a
-        regressor and lag), the results and the statistics of their contrasts.
+        regressor and lag), and the estimates.
     """
-    voxels = chunks.z * chunks.y * chunks.x
-    rows = (order + 3) * n_regressors + 2 * order * n_censored + 5 * order + 24
-    # Normal equations of some voxels, as a matrix, with the other side, and factorised.
-    solving = 24 * MIB if order > 1 or n_censored else 0
-    return voxels * (chunks.time * (itemsize + 8) + 8 * rows) + solving
+    size = FitSize(chunks, itemsize, n_regressors, order, n_censored)
+    block = chunks.time * size.voxels * itemsize
+    sums = sums_memory(size, size.voxels)
+    # A thread keeps what it read from a file for the next.
+    return (
+        block * 5 // 4
+        + adding_memory(size)
+        + max(block + sums, sums + estimating_memory(size), writing_memory(size))
+    )
+
+
+class StatisticsSize(NamedTuple):
+    """What the memory that statistics take depends on.
+
+    Attributes
+    ----------
+    voxels : int
+        Of a voxel block.
+    n_regressors : int
+    order : int
+        Of the autoregressive noise.
+    n_volumes : int
+        Of the longest run.
+    n_weighted : int
+        Regressors that a contrast gives a weight.
+    n_rows : int
+        Effects, covariances and degrees of freedom of all contrasts at a voxel: q + q q + 1 of each.
+    n_runs : int
+        Runs that are combined; 0 if none are.
+    n_contrasts : int
+    """
+
+    voxels: int
+    n_regressors: int
+    order: int
+    n_volumes: int
+    n_weighted: int
+    n_rows: int
+    n_runs: int
+    n_contrasts: int = 1
+
+
+def statistics_memory_per_thread(size: StatisticsSize) -> int:
+    """Project the memory of the tasks that make the statistics of a voxel block.
+
+    Parameters
+    ----------
+    size : StatisticsSize
+
+    Returns
+    -------
+    int
+        Bytes: the estimates of a run with what they were decoded from, and the rows of all contrasts; of runs that are
+        combined, those of each run until they are.
+    """
+    read = size.n_regressors + 1 + size.order
+    making = read + 3 * size.n_rows + size.n_weighted
+    # What was made of the other runs waits; then all are put together, and combined.
+    waiting = max(size.n_runs - 1, 0) * size.n_rows
+    combining = 2 * (size.n_runs + 1) * size.n_rows if size.n_runs else 0
+    rows = read * 5 // 4 + max(making + waiting, combining) + 4 * size.n_contrasts + 8
+    return 8 * size.voxels * rows + uncertainty_memory(size.n_regressors, size.order, size.n_volumes)
+
+
+def combining_memory(n_voxels: int, n_rows: int, n_runs: int, n_contrasts: int) -> int:
+    """Bytes that a thread needs for the rows of each run until they are combined, and for the tests of all contrasts."""
+    return 8 * n_voxels * (2 * (n_runs + 1) * n_rows + 4 * n_contrasts + 8)
+
+
+def uncertainty_memory(n_regressors: int, order: int, n_volumes: int) -> int:
+    """Bytes that a thread needs for the uncertainty of coefficients of some voxels, at all frequencies: order 2 and more."""
+    if order < 2:
+        return 8 * TILE * (3 * n_regressors + 16)
+    tile = min(max(SOLVE_BYTES // (8 * n_regressors * (n_regressors + 1)), 64), TILE)
+    return 8 * tile * n_volumes * (5 * order + 5) + _equations(n_regressors)
+
+
+def maps_memory(size: StatisticsSize, n_voxels: int, map_bytes: int, n_at_a_time: int, n_threads: int) -> int:
+    """Project the peak memory of computing and writing maps, above the imports.
+
+    Parameters
+    ----------
+    size : StatisticsSize
+    n_voxels : int
+        Of a volume.
+    map_bytes : int
+        Of all statistics of one run, or of the fixed effects.
+    n_at_a_time : int
+        Runs, or fixed effects, whose maps are computed together.
+    n_threads : int
+
+    Returns
+    -------
+    int
+        Bytes: what was computed, besides the tasks; or that with the maps that are put together of it; or the maps, besides the
+        volumes that are being compressed.
+    """
+    maps = n_at_a_time * map_bytes
+    computing = maps + n_threads * statistics_memory_per_thread(size)
+    writing = maps + (3 * n_threads + 2) * 8 * n_voxels
+    return max(computing, 2 * maps, writing) + OVERHEAD
+
+
+def report_memory(n_voxels: int) -> int:
+    """Project what pictures and report take, with the packages that draw: some volumes at a time."""
+    return REPORT_OVERHEAD + 8 * 8 * n_voxels
+
+
+def examining_memory(n_voxels: int, itemsize: int, n_sampled: int) -> int:
+    """Project what a look at a mask and at ``n_sampled`` volumes takes."""
+    return OVERHEAD + n_voxels * (n_sampled * (2 * itemsize + 2) + 24)
 
 
 def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: str) -> int:
@@ -252,6 +452,6 @@ def most_threads(memory: int, needed: Callable[[int], int], wanted: int, what: s
     if needed(1) > memory:
         raise MemoryBudgetError(
             f"{what} needs about {format_bytes(needed(1))} of memory besides the interpreter and its imports, and "
-            f"{format_bytes(memory)} are allowed. Allow more (memory= or --memory)."
+            f"{format_bytes(memory)} are allowed. Allow {enough(needed(1))} or more (memory= or --memory)."
         )
     return next(n for n in range(max(wanted, 1), 0, -1) if needed(n) <= memory)

@@ -17,7 +17,7 @@ import numpy as np
 from chunkglm import grids, nifti, plan
 from chunkglm.cluster import check_scheduler
 from chunkglm.contrasts import check_contrast
-from chunkglm.convert import describe_run, mask_sha256
+from chunkglm.convert import SAMPLE, describe_run, mask_sha256
 from chunkglm.design import as_design, estimable_regressors, read_design, variance_inflation
 from chunkglm.errors import (
     ChunkGLMError,
@@ -29,6 +29,7 @@ from chunkglm.errors import (
 )
 from chunkglm.expressions import contrast_rows
 from chunkglm.glm import LARGEST_AUTO_ORDER, check_options, kept_volumes
+from chunkglm.jobplan import Stage, check_memory, least_memory, stages_of
 from chunkglm.report.cuts import check_within
 from chunkglm.request import Models, names_for, sample_mask_of
 
@@ -42,9 +43,6 @@ if TYPE_CHECKING:
     from chunkglm.convert import Description
     from chunkglm.expressions import Definition
     from chunkglm.request import Job
-
-SAMPLE = 4
-"""Volumes that are read of each run."""
 
 MANY = 0.01
 """Part of a mask whose voxels say nothing, from which it is worth a warning."""
@@ -83,10 +81,11 @@ class Finding(NamedTuple):
 
 
 class Examination(NamedTuple):
-    """What :func:`examine` found; ``models`` is None where there are errors."""
+    """What :func:`examine` found; ``models`` is None where there are errors; ``described`` is what the runs will be."""
 
     findings: list[Finding]
     models: Models | None
+    described: dict[str, Description]
 
 
 class _Found(list[Finding]):
@@ -118,7 +117,33 @@ def check_job(job: Job) -> Models:
     PreflightError
         If there are several errors; if there is one, that.
     """
-    findings, models = examine(job)
+    return _without_errors(examine(job))
+
+
+class Room(NamedTuple):
+    """Disk: bytes that the results still take, those that are free, and where."""
+
+    needed: int
+    free: int
+    place: str
+
+
+def plan_job(job: Job) -> tuple[list[Stage], Room]:
+    """Plan a job, and compute nothing: its stages, and the disk that it takes.
+
+    Raises
+    ------
+    ChunkGLMError
+        As :func:`check_job`.
+    """
+    found = examine(job)
+    models = _without_errors(found)
+    return stages_of(job, models, found.described), _room_on_disk(job, models, found.described)
+
+
+def _without_errors(examination: Examination) -> Models:
+    """The models of a job without errors; warns of what is doubtful."""
+    findings, models, _ = examination
     errors = [one for one in findings if one.error is not None]
     if len(errors) == 1 and errors[0].error is not None:
         raise errors[0].error
@@ -130,7 +155,7 @@ def check_job(job: Job) -> Models:
         )
     for one in findings:
         if one.level == "warning":
-            warnings.warn(f"{one.subject}: {one.text}", ChunkGLMWarning, stacklevel=3)
+            warnings.warn(f"{one.subject}: {one.text}", ChunkGLMWarning, stacklevel=4)
     return models
 
 
@@ -162,18 +187,18 @@ def examine(job: Job) -> Examination:
     _compare_runs(job, described, found)
     if len(designs) < len(job.runs) or len(job.sample_masks) not in {0, len(designs)}:
         # Which belongs to which is not known.
-        return Examination(found, None)
+        return Examination(found, None, described)
     kept: dict[str, np.ndarray[Any, Any]] = {}
     with found.errors_of("sample masks"):
         kept = _kept(job, designs)
     if len(kept) == len(designs):
         _examine_contrasts(job, designs, kept, found)
     if found.failed():
-        return Examination(found, None)
+        return Examination(found, None, described)
     mask = next(iter(described.values())).run["mask"]
     models = Models(designs, kept, None if job.mask is None else mask_sha256(mask.to_numpy()))
     _examine_room(job, models, described, found)
-    return Examination(found, None if found.failed() else models)
+    return Examination(found, None if found.failed() else models, described)
 
 
 def _check_threshold(job: Job) -> None:
@@ -419,22 +444,26 @@ def _examine_room(job: Job, models: Models, described: Mapping[str, Description]
     """Hold memory and disk that are needed against what there is."""
     memory = plan.parse_memory(job.memory)
     with found.errors_of("memory"):
-        for run, one in zip(job.runs, described.values(), strict=True):
-            plan.most_threads(memory, one.needed, job.n_threads, f"Converting {run}")
-        fit_threads(job, {label: one.run for label, one in described.items()}, models)
+        check_memory(job, models, described)
         available = plan.available_memory()
         about = "" if available is None else f", of {plan.format_bytes(available)} that are free"
         level = "warning" if available is not None and available < memory else "ok"
-        found.add(level, "memory", f"{plan.format_bytes(memory)} are allowed{about}")
-    needed = disk_needed(job, models, described) - _bytes_of(job.output)
-    place = next(one for one in (job.output.absolute(), *job.output.absolute().parents) if one.exists())
-    free = shutil.disk_usage(place).free
-    text = f"the results take about {plan.format_bytes(max(needed, 0))}, and {plan.format_bytes(free)} are free at {place}"
+        least = plan.format_bytes(max(least_memory(job, models, described).values()))
+        text = f"{plan.format_bytes(memory)} are allowed{about}; at least about {least} are needed"
+        found.add(level, "memory", text)
+    needed, free, where = _room_on_disk(job, models, described)
+    text = f"the results take about {plan.format_bytes(needed)}, and {plan.format_bytes(free)} are free at {where}"
     if needed > 2 * free:
         error = StoreError(f"{text[0].upper()}{text[1:]}. Make room, or choose another --output.")
         found.append(Finding("error", "disk", str(error), error))
     else:
         found.add("warning" if needed > free else "ok", "disk", text)
+
+
+def _room_on_disk(job: Job, models: Models, described: Mapping[str, Description]) -> Room:
+    needed = disk_needed(job, models, described) - _bytes_of(job.output)
+    place = next(one for one in (job.output.absolute(), *job.output.absolute().parents) if one.exists())
+    return Room(max(needed, 0), shutil.disk_usage(place).free, str(place))
 
 
 def disk_needed(job: Job, models: Models, described: Mapping[str, Description]) -> int:
@@ -458,19 +487,3 @@ def disk_needed(job: Job, models: Models, described: Mapping[str, Description]) 
 
 def _bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-
-
-def fit_threads(job: Job, runs: Mapping[str, xr.Dataset], models: Models) -> int:
-    """Voxel blocks that fit into the memory at a time."""
-    columns = {name for design in models.designs.values() for name in design.columns}
-    order = check_options(job.noise_model, job.signal_scaling, job.compat)
-    order = LARGEST_AUTO_ORDER if order is None else order
-    per_thread = 0
-    for label, run in runs.items():
-        sizes = plan.Chunks(*(max(sizes) for sizes in run["bold"].chunks))  # type: ignore[union-attr]
-        n_censored = int((~models.kept[label]).sum())
-        needed = plan.fit_memory_per_thread(
-            sizes, run["bold"].dtype.itemsize, len(columns), order=order, n_censored=n_censored
-        )
-        per_thread = max(per_thread, needed)
-    return plan.threads_within(plan.parse_memory(job.memory), 0, per_thread, job.n_threads, "Fitting")

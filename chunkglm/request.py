@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from chunkglm import plan
+from chunkglm import budget, plan
 from chunkglm.design import read_sample_mask
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Job:
     signal_scaling: str | None = "voxel"
     compat: str | None = None
     precision_weighted: bool = False
-    memory: str = "2GiB"
+    memory: str = field(default_factory=budget.configured)
     n_threads: int = field(default_factory=plan.available_cpus)
     threshold: float = 3.0
     cut_coords: tuple[float, float, float] | None = None

@@ -59,6 +59,8 @@ def maps_of(
     """The statistics of a contrast, lazily: of the fixed effects (None) and of every run, by its label."""
     lazy = contrast(fitted, {name: definition}).isel(contrast=0, drop=True)
     combined = fixed_effects(lazy, precision_weighted=precision_weighted)
+    # Of covariances there are no maps.
+    lazy, combined = (one.drop_vars("covariance", errors="ignore") for one in (lazy, combined))
     found: dict[str | None, xr.Dataset] = {None: combined}
     for number, label in enumerate(lazy["run"].values):
         found[str(label)] = lazy.isel(run=number)

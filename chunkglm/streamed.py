@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import xarray as xr
     from numpy.typing import NDArray
 
-    from chunkglm.glm import FitPlan, RunPlan
+    from chunkglm.glm import FitPlan
     from chunkglm.plan import Place
     from chunkglm.store import StoreWriter
 
@@ -36,13 +36,6 @@ def spatial_chunks(fit_plan: FitPlan) -> tuple[tuple[int, ...], ...] | None:
     found = {as_blocks(one.run["bold"]).data.chunks[1:] for one in fit_plan.runs}
     one_pass = all(one.model.scaling != "run" and not one.drops for one in fit_plan.runs)
     return found.pop() if one_pass and len(found) == 1 else None
-
-
-def sums_bytes(one: RunPlan) -> int:
-    """Memory that the sums of a run take."""
-    basis = one.model.basis
-    rows = len(basis.rows) + len(basis.near) + 2 * basis.order + 2
-    return 8 * rows * int(one.mask.sum())
 
 
 def create_fit(writer: StoreWriter, fit_plan: FitPlan, chunks: tuple[tuple[int, ...], ...]) -> None:

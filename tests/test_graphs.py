@@ -186,7 +186,9 @@ def test_a_study_is_computed_some_subjects_at_a_time(computed, tmp_path, monkeyp
             designs |= {f"sub-{subject:02d}/{label}": design for label, design in of_runs.items()}
         lazy = cg.fixed_effects(cg.contrast(cg.fit(xr.DataTree.from_dict(tree), designs), "face"))
         done = []
-        saved = cg.save(lazy, tmp_path / str(n_subjects), progress=lambda *numbers, to=done: to.append(numbers))
+        saved = cg.save(
+            lazy, tmp_path / str(n_subjects), progress=lambda *numbers, to=done: to.append(numbers)
+        )
         expected[n_subjects] = max(n_tasks(graph) for graph, _ in computed)
         assert sum(len(keys) for _, keys in computed) == 6 * n_subjects
         assert len(computed) == -(-n_subjects // 6)

@@ -72,7 +72,7 @@ def changed(path, change, **fields):
 
 
 def test_a_job_that_can_be_done(data):
-    found, models = preflight.examine(job_of(data, smoothing_fwhm=5.0))
+    found, models, _ = preflight.examine(job_of(data, smoothing_fwhm=5.0))
     assert {one.level for one in found} == {"ok"}
     assert [len(design) for design in models.designs.values()] == [50, 46]
     text = " ".join(one.text for one in found)
@@ -280,7 +280,7 @@ def test_check__takes_every_option_of_a_job():
     from chunkglm.cli import cli
 
     names = {verb: {one.name for one in cli.commands[verb].params} for verb in ("run", "check")}
-    assert names["run"] - names["check"] == {"dry_run"}
+    assert names["run"] - names["check"] == {"dry_run", "plan_only"}
 
 
 def test_check__on_the_command_line(data, capsys):

@@ -9,7 +9,7 @@ import xarray as xr
 from rich.console import Console
 
 import chunkglm as cg
-from chunkglm import job, nifti, plan, request
+from chunkglm import job, jobplan, nifti, preflight, request
 from chunkglm.errors import NiftiError
 from chunkglm.testing import write_simulated_run
 
@@ -158,8 +158,10 @@ def test_where_one_pass_is_not_enough_the_fit_is_from_the_stores(data, tmp_path,
 
     monkeypatch.setattr(job, "fit", watched)
     if options.get("memory") == "tight":
-        # Enough for as many threads as are asked for, and nothing besides.
-        options = {"memory": str(plan.convert_memory((70, *SHAPE[::-1]), 2, 2) + 1000)}
+        # Enough for each stage by itself.
+        _, models, described = preflight.examine(job_of(data, tmp_path / "none"))
+        least = jobplan.least_memory(job_of(data, tmp_path / "none"), models, described)
+        options = {"memory": str(max(least.values()))}
     output = tmp_path / "results"
     masks = {"sample_masks": (str(data / "censored.txt"), "all")} if "sample_masks" in options else {}
     job.run_job(job_of(data, output, **{**options, **masks}), CONSOLE, quiet=True)

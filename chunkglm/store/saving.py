@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 import xarray as xr
 from dask.base import tokenize
 
-from chunkglm import grids, nifti, plan
+from chunkglm import budget, grids, nifti, plan
 from chunkglm._version import __version__
-from chunkglm.blocks import write_blocks
+from chunkglm.blocks import task_bytes, write_blocks
 from chunkglm.entities import ENTITIES, is_member
 from chunkglm.errors import ChunkGLMError, InputError
 from chunkglm.schema import FORMAT_VERSION, SPACE, canonical_json, text_labels
@@ -48,6 +49,7 @@ def save(
     ds: xr.Dataset,
     store: StoreLike,
     *,
+    memory: int | str | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
     progress: Callable[[int, int], None] | None = ...,
@@ -57,6 +59,7 @@ def save(
     ds: xr.DataTree,
     store: StoreLike,
     *,
+    memory: int | str | None = ...,
     overwrite: bool = ...,
     resume: bool = ...,
     progress: Callable[[int, int], None] | None = ...,
@@ -65,6 +68,7 @@ def save(
     ds: xr.Dataset | xr.DataTree,
     store: StoreLike,
     *,
+    memory: int | str | None = None,
     overwrite: bool = False,
     resume: bool = True,
     progress: Callable[[int, int], None] | None = None,
@@ -84,6 +88,11 @@ def save(
     store : path or URL
         For a tree, the folder of these stores, which :func:`chunkglm.open_study` opens; plain xarray does so too if it is
         named ``*.zarr``.
+    memory : int or str, optional
+        What may be used besides the interpreter, its imports and what is in memory already, such as ``"512MiB"``; by default
+        what Dask's configuration ``chunkglm.memory`` says, or else 2 GiB. It decides how many blocks are worked on at a time,
+        by threads of this process, and changes no result. Of data from elsewhere, only the size of its chunks is known. Where
+        a cluster computes (a client of ``distributed`` is active), its workers keep to memory limits of their own.
     overwrite : bool
         Replace an existing store, also one of the same content.
     resume : bool
@@ -101,19 +110,27 @@ def save(
     ------
     StoreExistsError
         If something else is there, or was begun, and ``overwrite`` is not given.
+    MemoryBudgetError
+        If ``memory`` is too little for one block at a time.
     BusyStoreError, StoreError, InputError
     """
     if isinstance(ds, xr.DataTree):
-        return _save_tree(ds, store, overwrite=overwrite, resume=resume, progress=progress)
-    _save_together({store_name(store): ds}, overwrite=overwrite, resume=resume, progress=progress)
+        return _save_tree(ds, store, memory=memory, overwrite=overwrite, resume=resume, progress=progress)
+    options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "progress": progress}
+    _save_together({store_name(store): ds}, memory=memory, **options)
     return open_store(store)
 
 
 def _save_together(
-    datasets: Mapping[str, xr.Dataset], *, overwrite: bool, resume: bool, progress: Progress | None
+    datasets: Mapping[str, xr.Dataset],
+    *,
+    memory: int | str | None,
+    overwrite: bool,
+    resume: bool,
+    progress: Progress | None,
 ) -> None:
     """Save datasets in stores of their own, in one computation; those that are saved already are left as they are."""
-    begun = []
+    begun, needs = [], []
     with ExitStack() as stack:
         for store, given in datasets.items():
             if not overwrite and is_saved(given, store):
@@ -123,13 +140,44 @@ def _save_together(
             writer = stack.enter_context(writing(store, made_of, overwrite=overwrite, resume=resume))
             writer.create(ds, chunk_shapes(ds))
             begun.append((writer, writer.blocks(ds), made_of))
-        write_blocks([blocks for _, blocks, _ in begun], progress=progress)
+            needs.append(saving_memory(ds))
+        if begun:
+            what = f"Saving {' and '.join(list(datasets)[:2])}"
+            with budget.tasks_within(memory, lambda n: max(one(n) for one in needs), what):
+                write_blocks([blocks for _, blocks, _ in begun], progress=progress)
         for writer, _, made_of in begun:
             writer.finish(made_of)
 
 
+def saving_memory(ds: xr.Dataset) -> Callable[[int], int]:
+    """Project what computing and writing a dataset takes.
+
+    Parameters
+    ----------
+    ds : Dataset
+
+    Returns
+    -------
+    callable
+        From a number of threads to bytes, above the imports and what is in memory already.
+    """
+    lazy = [variable for variable in ds.variables.values() if variable.chunks is not None]
+    if not lazy:
+        return lambda _: plan.OVERHEAD
+    written = [_largest(variable) for variable in lazy]
+    # A fit's task counts what it writes. Of data from elsewhere nothing is known but its chunks.
+    each = task_bytes([variable.data for variable in lazy]) or 4 * sum(written) + 2 * max(written)
+    if "effect" in ds and ds["effect"].chunks is not None:
+        sizes = ds["effect"].sizes
+        q, n_contrasts = sizes.get("row", 1), sizes.get("contrast", 1)
+        voxels = math.prod(max(ds["effect"].chunksizes[dim]) for dim in SPACE if dim in sizes)
+        n_runs = len(ds.attrs.get("combined", ()))
+        each += plan.combining_memory(voxels, (q + q * q + 1) * n_contrasts, n_runs, n_contrasts)
+    return lambda n: plan.OVERHEAD + n * each
+
+
 def _save_tree(
-    tree: xr.DataTree, store: StoreLike, *, overwrite: bool, resume: bool, progress: Progress | None
+    tree: xr.DataTree, store: StoreLike, *, memory: int | str | None, **options: Any
 ) -> xr.DataTree:
     """Save the datasets of a tree, a bounded number of blocks at a time: what is computed does not grow with the study."""
     nodes = datasets_of(tree)
@@ -143,7 +191,7 @@ def _save_tree(
         )
     places = {f"{store_name(store)}/{path}": ds for path, ds in nodes.items()}
     for wave in _waves(places):
-        _save_together(wave, overwrite=overwrite, resume=resume, progress=progress)
+        _save_together(wave, memory=memory, **options)
     return tree_of({path: open_store(place) for path, place in zip(nodes, places, strict=True)})
 
 
@@ -187,6 +235,7 @@ def save_runs(
     made_of: Mapping[str, Any],
     runs: Sequence[Mapping[str, str]],
     *,
+    memory: int | str | None = None,
     overwrite: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> xr.Dataset:
@@ -203,7 +252,7 @@ def save_runs(
         Hashes of what all runs share.
     runs : sequence of mapping
         For each run, hashes of what else its values are made of.
-    overwrite, progress
+    memory, overwrite, progress
         See :func:`save`.
 
     Returns
@@ -220,7 +269,8 @@ def save_runs(
             writer.claim(number, part_hash(made_of, part), lazy)
             if before is not None and before.is_alike(number, made_of, part):
                 writer.adopt(Path(name), before.files, number, lazy)
-        write_blocks([writer.blocks(ds, by_run=True)], progress=progress)
+        with budget.tasks_within(memory, saving_memory(ds), f"Saving {name}"):
+            write_blocks([writer.blocks(ds, by_run=True)], progress=progress)
         writer.finish({**made_of, "runs": [dict(part) for part in runs]})
     return open_store(store)
 
