@@ -238,7 +238,8 @@ def _cancel(client: Any, left: dict[Any, Any]) -> None:
 def _n_at_work(names: set[Any], dask_worker: Any) -> int:
     """Number of tasks of these names that a worker is at, taken back or not."""
     tasks = dask_worker.state.executing | dask_worker.state.long_running
-    return sum((task.key[0] if isinstance(task.key, tuple) else task.key) in names for task in tasks)
+    # The name of a task that was fused with others has theirs in it.
+    return sum(any(name in str(task.key) for name in names) for task in tasks)
 
 
 @contextmanager
