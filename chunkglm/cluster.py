@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import dask
 import dask.threaded
+import dask.utils
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -257,6 +258,8 @@ def slurm_cluster(n_threads: int, memory: int) -> Any:
     if dask.config.get("jobqueue.slurm.memory", None) is None:
         options["memory"] = f"{memory + INTERPRETER_BYTES}B"
     try:
+        # Here, as a cluster that fails while it is made complains once more when it is collected.
+        dask.utils.parse_bytes(options.get("memory") or dask.config.get("jobqueue.slurm.memory"))
         return jobqueue.SLURMCluster(**options)
     except (ValueError, TypeError, OSError) as error:
         raise ClusterError(

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import dask
@@ -201,11 +202,17 @@ def ran_on(client):
     }
 
 
-def test_the_same_arrays_are_saved_twice(client, tmp_path):
-    """What was written in one place is not taken for written in another."""
-    ds = xr.Dataset({"a": (("z", "y", "x"), da.arange(24, chunks=6).reshape(2, 3, 4).astype(float))})
-    for name in ("one", "two"):
-        cg.save(ds, tmp_path / name)
+def test_the_same_arrays_are_saved_in_two_places_at_once(client, tmp_path):
+    """What is written in one place is not taken for written in the other."""
+
+    def slowly(block):
+        time.sleep(0.2)
+        return block
+
+    values = da.arange(24, chunks=6).reshape(2, 3, 4).astype(float).map_blocks(slowly, dtype=float)
+    ds = xr.Dataset({"a": (("z", "y", "x"), values)})
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: cg.save(ds, tmp_path / name), ("one", "two")))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
@@ -228,7 +235,9 @@ def test_a_task_that_saves(client, tmp_path):
 def test_what_a_task_raises_reaches_the_caller_and_leaves_nothing_at_work(client, tmp_path):
     def slow_or_wrong(block):
         if len(list(tmp_path.glob("done-*"))) >= 3:
-            raise ArithmeticError("this block cannot be made")
+            with suppress(FileExistsError):
+                (tmp_path / "failed").mkdir()
+                raise ArithmeticError("this block cannot be made")
         time.sleep(0.3)
         (tmp_path / f"done-{time.time_ns()}").touch()
         return block
@@ -241,6 +250,28 @@ def test_what_a_task_raises_reaches_the_caller_and_leaves_nothing_at_work(client
     time.sleep(1)
     assert len(list(tmp_path.iterdir())) == done
     assert not (tmp_path / "store.partial").exists()
+
+
+def test_a_long_task_that_is_taken_back_ends(client, tmp_path):
+    def work(number):
+        from chunkglm.tasks import current_task
+
+        task = current_task()
+        (tmp_path / f"begun-{number}").touch()
+        for _ in range(600 * number):
+            time.sleep(0.05)
+            try:
+                task.refuse_if_taken_back()
+            except ConnectionError:
+                (tmp_path / f"ended-{number}").touch()
+                raise
+
+    calls = tasks.run_calls(client, work, [{"number": 0}, {"number": 1}])
+    assert next(calls) == (0, None)
+    while not (tmp_path / "begun-1").exists():
+        time.sleep(0.01)
+    calls.close()
+    assert (tmp_path / "ended-1").exists()
 
 
 def test_a_client_is_found_by_dask_s_own_rule(client):
@@ -420,7 +451,7 @@ def test_maps_of_a_job_that_is_over_do_not_get_their_place(local, tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_client_that_is_interrupted_takes_its_work_back(data, three, client, tmp_path):
+def test_a_client_that_is_interrupted_takes_its_work_back(data, local, three, client, tmp_path):
     """Workers stop within a moment, so that the same command can go on at once."""
     output = tmp_path / "output"
     process = start(data, *words(output, "--scheduler", three.address))
@@ -434,6 +465,9 @@ def test_a_client_that_is_interrupted_takes_its_work_back(data, three, client, t
     while any(client.run(lambda dask_worker: len(dask_worker.state.executing)).values()):
         assert time.monotonic() < end
         time.sleep(0.05)
+    code, _, err = finish(start(data, *words(output, "--scheduler", three.address)))
+    assert code == 0, err
+    assert_same(output, local)
 
 
 # ------------------------------------------------------------------------------------------------------------- wrong use
