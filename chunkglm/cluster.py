@@ -9,6 +9,7 @@ import platform
 import sys
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ from rich.progress import (
 
 from chunkglm import plan
 from chunkglm._version import __version__
-from chunkglm.errors import ClusterError, InputError, MissingDependencyError
+from chunkglm.errors import ChunkGLMWarning, ClusterError, InputError, MissingDependencyError
 from chunkglm.tasks import active_client
 
 if TYPE_CHECKING:
@@ -189,8 +190,18 @@ def computing(
         if performance_report is None:
             yield
             return
-        with distributed.performance_report(filename=str(performance_report)):
-            yield
+        report = distributed.performance_report(filename=str(performance_report))
+        report.__enter__()
+        yield
+        try:
+            report.__exit__(None, None, None)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the results are worth more)
+            warnings.warn(
+                f"The performance report {performance_report} was not written: {type(error).__name__}: {error}. What was "
+                "computed is complete.",
+                ChunkGLMWarning,
+                stacklevel=3,
+            )
 
 
 @contextmanager

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ from chunkglm.provenance import (
 )
 from chunkglm.report import PICTURES, REPORT, picture_names, report
 from chunkglm.stages import (
+    WRITING,
     convert_there,
     is_done,
     look_at_fit,
@@ -174,6 +176,8 @@ def _begin_maps(job: Job, previous: dict[str, Any] | None, key: str) -> list[str
     for entry in (previous or {}).get("peaks", []):
         names += [f"{PICTURES}/{name}" for name in picture_names(entry["contrast"], entry["run"])]
     job.output.mkdir(parents=True, exist_ok=True)
+    # Workers of a command that was killed, should they wake, write no map any more.
+    shutil.rmtree(job.output / "maps" / WRITING, ignore_errors=True)
     # From here on, until all is written, these are the results of no job.
     write_json(job.output / PROVENANCE, {"key": None, "begun": key, "outputs": outputs})
     for name in names:
@@ -352,8 +356,15 @@ def _check_places(job: Job) -> None:
     inputs = [
         Path(_absolute(one)) for one in (*job.runs, *([job.mask] if job.mask else [])) if "://" not in one
     ]
-    with maps_workplace(job.output.absolute() / "maps") as probe:
-        check_paths(active_client(), [*inputs, probe])
+    folder = job.output.absolute() / "maps"
+    try:
+        with maps_workplace(folder) as probe:
+            check_paths(active_client(), [*inputs, probe])
+    finally:
+        # Nothing is left if the job is refused.
+        for one in (folder, folder.parent):
+            with suppress(OSError):
+                one.rmdir()
 
 
 @contextmanager

@@ -150,6 +150,15 @@ def test_the_job_on_workers__the_bytes_of_one_process(data, local, three, tmp_pa
     assert (code, "up to date" in out) == (0, True)
 
 
+def test_a_report_that_cannot_be_written_costs_no_result(data, local, three, tmp_path):
+    (tmp_path / "report.html").mkdir()
+    options = ["--scheduler", three.address, "--performance-report", tmp_path / "report.html", "-q"]
+    code, _, err = finish(start(data, *words(tmp_path / "there", *options)))
+    assert code == 0, err
+    assert "Warning: The performance report" in err
+    assert_same(tmp_path / "there", local)
+
+
 def test_the_job_on_processes_of_this_machine(data, local, tmp_path):
     code, _, err = finish(
         start(data, *words(tmp_path / "there", "--scheduler", "processes", "--workers", "2", "-q"))
