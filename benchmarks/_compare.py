@@ -44,27 +44,60 @@ class Command(NamedTuple):
 
 def measure(words: Sequence[str]) -> Measured:
     """Run a command to its end; a failure ends the benchmark with its message."""
+    measured, code, message = run_to_end(words)
+    if code:
+        sys.exit(f"{' '.join(words)} ended with {code}:\n{message}")
+    return measured
+
+
+def run_to_end(
+    words: Sequence[str], trouble: Callable[[], str | None] | None = None
+) -> tuple[Measured, int, str]:
+    """Run a command to its end, whatever that is.
+
+    Parameters
+    ----------
+    words : sequence of str
+        The command.
+    trouble : callable, optional
+        Asked about once a second. A text that it returns ends the command, and the benchmark with it.
+
+    Returns
+    -------
+    measured : Measured
+    code : int
+        As :attr:`subprocess.Popen.returncode`: minus the number of the signal that ended the command.
+    message : str
+        The end of what the command wrote to its standard error.
+    """
     # Compiled modules, as users have them.
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     with tempfile.TemporaryFile() as errors:
-        started = time.perf_counter()
+        started = asked = time.perf_counter()
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=errors, cwd=ROOT, env=environment)
         memory = 0
-        while True:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            memory = max(memory, _peak_memory(process.pid))
-            time.sleep(INTERVAL)
+        try:
+            while True:
+                pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+                if pid:
+                    break
+                memory = max(memory, _peak_memory(process.pid))
+                time.sleep(INTERVAL)
+                if trouble is not None and time.perf_counter() - asked > 1:
+                    asked = time.perf_counter()
+                    if text := trouble():
+                        sys.exit(text)
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
         wall = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            message = errors.read().decode(errors="replace")[-2000:]
-            sys.exit(f"{' '.join(words)} ended with {process.returncode}:\n{message}")
+        errors.seek(0)
+        message = errors.read().decode(errors="replace")[-2000:]
     if not memory:
         memory = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(wall, usage.ru_utime + usage.ru_stime, memory)
+    return Measured(wall, usage.ru_utime + usage.ru_stime, memory), process.returncode, message
 
 
 def _peak_memory(pid: int) -> int:

@@ -53,13 +53,13 @@ def make_study(
         if not (run.exists() and design.exists()):
             options: dict[str, Any] = {"shape": tuple(shape), "n_volumes": n_volumes, "voxel_size": 2.0}
             truth = write_simulated_run(run, **options, session=session, overwrite=True)
-            _write_design(design, truth)
+            write_design(design, truth)
     if not mask.exists():
-        _write_mask(mask, runs[0], n_voxels, tuple(shape))
+        write_mask(mask, runs[0], n_voxels, tuple(shape))
     return Study(runs, designs, mask)
 
 
-def _write_design(path: Path, truth: Any) -> None:
+def write_design(path: Path, truth: Any) -> None:
     """The design of the simulation with as many drifts as make 20 regressors, or half the volumes."""
     X, names = truth["design"].values, [str(name) for name in truth["regressor"].values]
     n = len(X)
@@ -74,7 +74,8 @@ def _write_design(path: Path, truth: Any) -> None:
     np.savez(path, X=X, conditions=np.array(names))
 
 
-def _write_mask(path: Path, run: Path, n_voxels: int, shape: tuple[int, ...]) -> None:
+def write_mask(path: Path, run: Path, n_voxels: int, shape: tuple[int, ...]) -> None:
+    """The innermost voxels of the brain."""
     truth_path = CACHE / f"{'x'.join(map(str, shape))}_anatomy.nii"
     truth = write_simulated_run(truth_path, shape=shape, n_volumes=20, voxel_size=2.0, overwrite=True)
     truth_path.unlink()

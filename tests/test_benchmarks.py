@@ -1,10 +1,21 @@
 """The benchmarks run, at toy size, so that none rots."""
 
 import importlib
+import sys
+import time
 
 import pytest
 
-from benchmarks import _compare, _study, calibration, memory, picture, store_layouts
+from benchmarks import (
+    _compare,
+    _limits,
+    _study,
+    calibration,
+    larger_than_memory,
+    memory,
+    picture,
+    store_layouts,
+)
 from chunkglm.testing import write_simulated_run
 
 SIZE = ["--shape", "12", "14", "10", "--volumes", "40", "--voxels", "300"]
@@ -139,3 +150,90 @@ def test_picture__draws_the_ratios_of_tables(tmp_path):
     (tmp_path / "results.txt").write_text(table)
     picture.main([str(tmp_path / "results.txt"), "--picture", str(tmp_path / "picture.png")])
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def kinds_of_limits():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("a hard limit on memory takes Linux")
+    with _limits.hard_limit(2**30) as limit:
+        return {limit.kind, "rlimit"}
+
+
+def test_larger_than_memory__runs_every_job_and_leaves_the_study(kinds_of_limits, cache, capsys):
+    for kind in kinds_of_limits:
+        words = [*SIZE, "--repeats", "1", "--limit", "1GiB", "--size", "500KiB", "--limit-by", kind]
+        larger_than_memory.main(words)
+        out = capsys.readouterr().out
+        lines = [line.strip("| ").split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+        assert [cells[0] for cells in lines] == [
+            "chunkglm run, fits",
+            "chunkglm run, larger than memory",
+            "nilearn",
+        ]
+        assert [cells[-1] for cells in lines] == ["finished"] * 3
+        assert "Less than 6 times the limit" in out
+        assert "the same maps, to the last bit" in out
+    assert sorted(path.name for path in (cache / larger_than_memory.FOLDER).iterdir()) == [
+        "12x14x10_300_mask.nii.gz",
+        "12x14x10x40_1.nii.gz",
+        "12x14x10x40_1_design.npz",
+        "12x14x10x40_2.nii.gz",
+        "12x14x10x40_2_design.npz",
+    ]
+
+
+def test_larger_than_memory__removes_what_is_large_and_compares_with_what_fits(
+    kinds_of_limits, cache, capsys, monkeypatch
+):
+    monkeypatch.setattr(larger_than_memory, "KEPT", 1)
+    # Half of this memory is one run.
+    monkeypatch.setattr(larger_than_memory, "available_memory", lambda: 2 * 4 * 12 * 14 * 10 * 40)
+    larger_than_memory.main([*SIZE, "--repeats", "1", "--limit", "1GiB", "--size", "500KiB"])
+    out = capsys.readouterr().out
+    assert "| chunkglm run, fits | 262 KiB |" in out
+    assert "| chunkglm run, larger than memory | 525 KiB |" in out
+    assert "the same maps" not in out
+    assert sorted(path.name for path in (cache / larger_than_memory.FOLDER).iterdir()) == [
+        "12x14x10_300_mask.nii.gz",
+        "12x14x10x40_1.nii.gz",
+        "12x14x10x40_1_design.npz",
+    ]
+
+
+def test_larger_than_memory__refuses_what_the_disk_cannot_hold(cache):
+    with pytest.raises(SystemExit, match=r"A study of \d+ runs takes \d+\.\d TiB .* are free"):
+        larger_than_memory.main([*SIZE, "--size", "100TiB"])
+    assert not list(cache.glob("*/*_2.nii.gz"))
+
+
+def test_larger_than_memory__ends_a_job_before_the_disk_is_full(cache, monkeypatch):
+    monkeypatch.setattr(larger_than_memory, "disk_trouble", lambda: "nearly full")
+    started = time.perf_counter()
+    with pytest.raises(SystemExit, match="nearly full"):
+        larger_than_memory.run_free([_compare.PYTHON, "-c", "import time; time.sleep(60)"])
+    assert time.perf_counter() - started < 50
+
+
+def test_hard_limit__ends_a_process_that_takes_more_and_no_other(kinds_of_limits):
+    too_much = {"cgroup": "killed by the system: out of memory", "rlimit": "MemoryError"}
+    for kind in kinds_of_limits:
+        for mebibytes, expected in ((16, "finished"), (400, too_much[kind])):
+            with _limits.hard_limit(128 * 2**20, kind) as limit:
+                words = [*limit.words, _compare.PYTHON, "-c", f"bytearray({mebibytes} << 20)"]
+                measured, code, message = _compare.run_to_end(words)
+                assert larger_than_memory.how_it_ended(code, message, limit) == expected
+                assert (code != 0) == (expected != "finished")
+                assert (limit.peak() or 0) <= 128 * 2**20
+            assert measured.memory < 256 * 2**20
+            assert limit.folder is None or not limit.folder.exists()
+
+
+def test_own_cgroup__reads_both_versions(monkeypatch):
+    def read(text):
+        monkeypatch.setattr(_limits.Path, "read_text", lambda self, encoding: text)
+        return _limits.own_cgroup()
+
+    root = _limits.CGROUPS
+    assert read("9:cpu,cpuacct:/a\n4:memory:/job/b\n0::/\n") == (root / "memory" / "job" / "b", 1)
+    assert read("0::/user.slice/c\n") == (root / "user.slice" / "c", 2)
