@@ -94,6 +94,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--smallest", action="store_true", help="only the smallest budget")
     parser.add_argument("--repeats", type=int, default=3, help="turns of the smallest budget and the default")
     options = parser.parse_args(arguments)
+    _study.CACHE.mkdir(exist_ok=True)
     imports = _compare.measure([_compare.PYTHON, "-c", IMPORTS]).memory
     print(f"{_compare.describe_machine()}\n\nimports: {format_bytes(imports)}\n")
     if not options.smallest:
@@ -110,7 +111,7 @@ def print_cases(options: argparse.Namespace, imports: int) -> None:
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         n_volumes = options.volumes * case.longer
-        with tempfile.TemporaryDirectory(dir=_study.CACHE.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=_study.CACHE) as folder:
             words = words_of(case, options.volumes, options.shape, options.voxels, f"{folder}/out")
             projected = json.loads(plan_of(words).stdout)["peak"]
             measured = job(words)
@@ -134,7 +135,7 @@ def print_cases(options: argparse.Namespace, imports: int) -> None:
 
 def print_smallest(options: argparse.Namespace, imports: int) -> None:
     """The smallest budget, and its speed against the default."""
-    with tempfile.TemporaryDirectory(dir=_study.CACHE.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=_study.CACHE) as folder:
 
         def words(memory: str, output: str) -> list[str]:
             case = SMALLEST._replace(memory=memory)

@@ -7,7 +7,7 @@ never how numbers are grouped. It is that of this process: on a cluster, workers
 
 from __future__ import annotations
 
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import dask.threaded
 from dask.local import get_sync
 
 from chunkglm import plan
+from chunkglm.tasks import active_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,7 +80,7 @@ def tasks_within(memory: int | str | None, needed: Callable[[int], int], what: s
     budget, scheduler = allowed(memory), dask.config.get("scheduler", None)
     if scheduler in IN_THIS_THREAD:
         plan.most_threads(budget, needed, 1, what)
-    if scheduler not in ON_THREADS or (scheduler is None and _has_client()):
+    if scheduler not in ON_THREADS or active_client() is not None:
         yield
         return
     pool: Any = dask.config.get("pool", None)
@@ -88,17 +89,6 @@ def tasks_within(memory: int | str | None, needed: Callable[[int], int], what: s
     if number == workers:
         yield
         return
-    with dask.config.set(num_workers=number, pool=None):
+    # What threads keep for their work is let go when they end.
+    with ThreadPoolExecutor(number) as own, dask.config.set(num_workers=number, pool=own):
         yield
-
-
-def _has_client() -> bool:
-    """Whether Dask would compute on a cluster though it is not told to: it does on that of the client that was made last."""
-    distributed: Any = sys.modules.get("distributed")
-    if distributed is None or not hasattr(distributed, "get_client"):
-        return False
-    try:
-        distributed.get_client()
-    except ValueError:
-        return False
-    return True

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -85,8 +86,12 @@ def threads(number: int) -> Iterator[None]:
     number : int
         Voxel blocks that are worked on at a time. It changes no result.
     """
-    # By its function: where dask is given a name, it imports distributed to look for a cluster.
-    with dask.config.set(scheduler=dask.threaded.get, num_workers=number):
+    # By its function: where dask is given a name, it imports distributed to look for a cluster. In a pool of its own: what
+    # threads keep for their work is let go when they end.
+    with (
+        ThreadPoolExecutor(number) as pool,
+        dask.config.set(scheduler=dask.threaded.get, num_workers=number, pool=pool),
+    ):
         yield
 
 

@@ -34,10 +34,10 @@ TIME_BLOCK_BYTES = 64 * MIB
 CHUNK_BYTES = 16 * MIB
 """The largest decoded chunk."""
 
-OVERHEAD = 32 * MIB
+OVERHEAD = 48 * MIB
 """What a command takes besides arrays, and what allocators keep: measured, see ``benchmarks/README.md``."""
 
-REPORT_OVERHEAD = 80 * MIB
+REPORT_OVERHEAD = 96 * MIB
 """The same with matplotlib and jinja2, their fonts and templates."""
 
 WRITTEN = 4
@@ -287,7 +287,7 @@ def writing_memory(size: FitSize) -> int:
 def _equations(n_regressors: int) -> int:
     """Bytes of the normal equations that are solved at a time, four times over."""
     each = 8 * n_regressors * (n_regressors + 1)
-    return 4 * each * min(max(SOLVE_BYTES // each, 64), TILE)
+    return 4 * max(min(SOLVE_BYTES, each * TILE), 64 * each)
 
 
 def fit_memory_per_thread(
@@ -371,14 +371,14 @@ def statistics_memory_per_thread(size: StatisticsSize) -> int:
     making = read + 3 * size.n_rows + size.n_weighted
     # What was made of the other runs waits; then all are put together, and combined.
     waiting = max(size.n_runs - 1, 0) * size.n_rows
-    combining = 2 * (size.n_runs + 1) * size.n_rows if size.n_runs else 0
+    combining = 3 * (size.n_runs + 1) * size.n_rows if size.n_runs else 0
     rows = read * 5 // 4 + max(making + waiting, combining) + 4 * size.n_contrasts + 8
     return 8 * size.voxels * rows + uncertainty_memory(size.n_regressors, size.order, size.n_volumes)
 
 
 def combining_memory(n_voxels: int, n_rows: int, n_runs: int, n_contrasts: int) -> int:
     """Bytes that a thread needs for the rows of each run until they are combined, and for the tests of all contrasts."""
-    return 8 * n_voxels * (2 * (n_runs + 1) * n_rows + 4 * n_contrasts + 8)
+    return 8 * n_voxels * (3 * (n_runs + 1) * n_rows + 4 * n_contrasts + 8)
 
 
 def uncertainty_memory(n_regressors: int, order: int, n_volumes: int) -> int:

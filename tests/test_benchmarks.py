@@ -1,6 +1,7 @@
 """The benchmarks run, at toy size, so that none rots."""
 
 import importlib
+import re
 import sys
 import time
 
@@ -106,10 +107,17 @@ def test_store_layouts__prints_a_table_for_every_layout(tmp_path, capsys):
 
 
 def test_memory__prints_a_row_for_every_job(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "CASES", memory.CASES[2:5])
-    memory.main(SIZE)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 4
+    monkeypatch.setattr(memory, "CASES", memory.CASES[4:6])
+    memory.main([*SIZE, "--repeats", "1"])
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("| ")]
+    assert len(lines) == 3 + 3
+    for line in lines[1:3]:
+        measured_of_projected = float(line.split(" | ")[8])
+        assert 0 < measured_of_projected <= 1
+    least = int(re.search(r"smallest budget: (\d+) MiB; (\d+) MiB: Error: ", out)[1])
+    assert lines[4].startswith(f"| {least}MiB | ")
+    assert lines[5].startswith("| 2GiB | ")
 
 
 def test_calibration__prints_and_draws_every_row(tmp_path, capsys, monkeypatch):

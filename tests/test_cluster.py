@@ -31,6 +31,7 @@ import chunkglm as cg
 from chunkglm import cli, job, stages, tasks
 from chunkglm import cluster as clusters
 from chunkglm import store as stores
+from chunkglm.blocks import write_blocks
 from chunkglm.convert import convert_run
 from chunkglm.errors import (
     BusyStoreError,
@@ -440,7 +441,7 @@ def test_a_task_of_a_store_that_was_given_up_writes_nothing(tmp_path):
         writer.create(values, stores.chunk_shapes(values))
         with pytest.raises(StoreError):
             pickle.loads(late).write_block((0, 0, 0), np.full((1, 2, 2), 7.0))
-        writer.compute(values)
+        write_blocks([writer.blocks(values)])
         writer.finish({"content": "2"})
     with pytest.raises(StoreError):
         pickle.loads(late).write_block((0, 0, 0), np.full((1, 2, 2), 7.0))

@@ -180,14 +180,14 @@ def test_peak__of_the_functions_is_within_what_they_are_given(data, tmp_path):
         "names['folder'] + '/c.zarr'",
     )
     steps = {
-        "convert": f"cg.convert(names['run'], {runs}, memory='110MiB')",
-        "fit": f"cg.save(cg.fit(cg.open_run({runs}), names['design']), {fits}, memory='110MiB')",
-        "contrasts": f"cg.save(cg.contrast(cg.open_store({fits}), {{'a': 'DSt', 'b': 'SSt - DSt'}}), {contrasts}, memory='110MiB')",
-        "combine": f"cg.save(cg.fixed_effects(cg.open_store({contrasts})), names['folder'] + '/f.zarr', memory='110MiB')",
+        "convert": f"cg.convert(names['run'], {runs}, memory='130MiB')",
+        "fit": f"cg.save(cg.fit(cg.open_run({runs}), names['design']), {fits}, memory='130MiB')",
+        "contrasts": f"cg.save(cg.contrast(cg.open_store({fits}), {{'a': 'DSt', 'b': 'SSt - DSt'}}), {contrasts}, memory='130MiB')",
+        "combine": f"cg.save(cg.fixed_effects(cg.open_store({contrasts})), names['folder'] + '/f.zarr', memory='130MiB')",
     }
     for name, statement in steps.items():
         base, peak = peak_rss(statement, setup=setup)
-        assert peak - base <= 110 * MIB, name
+        assert peak - base <= 130 * MIB, name
 
 
 # ------------------------------------------------------------------------------------------------- blocks in flight

@@ -1,6 +1,7 @@
 """Arithmetic of chunks and memory."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -161,3 +162,119 @@ def test_fit_memory_counts_the_decoded_block():
     voxels = 16 * 80 * 80
     assert plan.fit_memory_per_thread(chunks, 2, 10) > 32 * voxels * (8 + 2)
     assert np.diff([plan.fit_memory_per_thread(chunks, 2, p) for p in (5, 10, 20)]).min() > 0
+
+
+# ------------------------------------------------------------------------------------------------- projected memory
+
+SIZES = st.tuples(st.integers(1, 64), st.integers(1, 40), st.integers(1, 120), st.integers(1, 120))
+FIT = st.builds(
+    plan.FitSize,
+    SIZES.map(lambda sizes: plan.Chunks(*sizes)),
+    ITEMSIZES,
+    st.integers(1, 300),
+    st.integers(0, 6),
+    st.integers(0, 100),
+    st.integers(0, 2000),
+)
+STATISTICS = st.builds(
+    plan.StatisticsSize,
+    st.integers(1, 10**6),
+    st.integers(1, 300),
+    st.integers(0, 6),
+    st.integers(10, 2000),
+    st.integers(1, 20),
+    st.integers(3, 200),
+    st.integers(0, 50),
+    st.integers(1, 20),
+)
+
+
+def grown(size):
+    """The same with one more of each number in turn."""
+    for name, value in size._asdict().items():
+        if isinstance(value, plan.Chunks):
+            for dim, length in value._asdict().items():
+                yield f"{name}.{dim}", size._replace(**{name: value._replace(**{dim: length + 1})})
+        else:
+            yield name, size._replace(**{name: value + 1})
+
+
+def fit_task(size):
+    return plan.fit_memory_per_thread(
+        size.chunks, size.itemsize, size.n_regressors, order=size.order, n_censored=size.n_censored
+    )
+
+
+@settings(max_examples=100)
+@given(FIT, st.integers(1, 10**6))
+def test_memory_of_a_fit_grows_with_every_size(size, n_voxels):
+    for name, larger in grown(size):
+        for needed in (
+            fit_task,
+            plan.adding_memory,
+            plan.writing_memory,
+            lambda one: plan.sums_memory(one, n_voxels),
+        ):
+            assert needed(larger) >= needed(size), name
+        # How many voxels are solved for at a time depends on the number of regressors, in steps.
+        if name != "n_regressors":
+            assert plan.estimating_memory(larger) >= plan.estimating_memory(size), name
+    assert plan.sums_memory(size, n_voxels + 1) > plan.sums_memory(size, n_voxels)
+
+
+@settings(max_examples=100)
+@given(STATISTICS, st.integers(1, 10**7), st.integers(1, 10**9), st.integers(1, 4), st.integers(1, 16))
+def test_memory_of_maps_grows_with_every_size_and_with_threads(
+    size, n_voxels, map_bytes, together, n_threads
+):
+    needed = plan.maps_memory(size, n_voxels, map_bytes, together, n_threads)
+    for name, larger in grown(size):
+        if name != "n_regressors":
+            assert plan.maps_memory(larger, n_voxels, map_bytes, together, n_threads) >= needed, name
+    assert plan.maps_memory(size, n_voxels + 1, map_bytes, together, n_threads) >= needed
+    assert plan.maps_memory(size, n_voxels, map_bytes + 1, together, n_threads) >= needed
+    assert plan.maps_memory(size, n_voxels, map_bytes, together + 1, n_threads) >= needed
+    assert plan.maps_memory(size, n_voxels, map_bytes, together, n_threads + 1) >= needed
+
+
+@settings(max_examples=200)
+@given(SHAPES, ITEMSIZES, st.integers(1, 64), st.integers(1, 2**36), st.booleans())
+def test_as_many_threads_convert_as_fit_and_what_is_asked_for_is_enough(
+    shape, itemsize, wanted, memory, found
+):
+    def needed(n):
+        return plan.convert_memory(shape, itemsize, n, found=found)
+
+    if needed(1) > memory:
+        with pytest.raises(MemoryBudgetError) as refused:
+            plan.most_threads(memory, needed, wanted, "Converting")
+        memory = plan.parse_memory(re.search(r"Allow (\w+) or more", str(refused.value))[1])
+    n = plan.most_threads(memory, needed, wanted, "Converting")
+    assert needed(n) <= memory
+    assert n == wanted or needed(n + 1) > memory
+
+
+def test_sizes_are_those_of_the_kernels():
+    """The plan knows no kernels; it repeats how much they work on at a time."""
+    from chunkglm.kernels import autocorrelation, glm, sums
+
+    assert plan.VOXEL_TILE == sums.VOXEL_TILE
+    assert (plan.TILE, plan.SOLVE_BYTES) == (glm.TILE, glm.SOLVE_BYTES)
+    assert plan.SOLVE_TILE == autocorrelation.SOLVE_TILE
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+@pytest.mark.parametrize("n_censored", [0, 5])
+def test_rows_that_are_summed_are_those_that_the_kernel_keeps(order, n_censored):
+    from chunkglm.kernels.basis import make_basis
+    from chunkglm.kernels.sums import Accumulator
+
+    kept = np.ones(60, dtype=bool)
+    # Apart from each other, which is what most samples about them are kept for.
+    kept[8 : 8 + 9 * n_censored : 9] = False
+    X = np.random.default_rng(0).normal(size=(60, 7))
+    accumulator = Accumulator(make_basis(X, kept, order=order), np.arange(11))
+    accumulator.add(np.ones((60, 11)))
+    held = sum(values.nbytes for values in accumulator.sums()[0])
+    size = plan.FitSize(plan.Chunks(32, 1, 1, 11), 2, 7, order, n_censored)
+    assert held <= plan.sums_memory(size, 11) <= 1.4 * held
