@@ -188,7 +188,7 @@ def computing(
         _made(scheduler, distributed, n_threads, workers, memory) as address,
         _connected(distributed, address) as client,
     ):
-        if "dashboard" in client.scheduler_info()["services"]:
+        if client.run_on_scheduler(_has_dashboard):
             tell(f"Dashboard: {client.dashboard_link}")
         _wait_for_workers(client, 1 if scheduler == SLURM else (workers or 1), scheduler, tell)
         check_versions(client)
@@ -207,6 +207,11 @@ def computing(
                 ChunkGLMWarning,
                 stacklevel=3,
             )
+
+
+def _has_dashboard(dask_scheduler: Any) -> bool:
+    """Whether there is one: a scheduler gives the address of one also without."""
+    return "dashboard" in dask_scheduler.services and "distributed.dashboard.scheduler" in sys.modules
 
 
 @contextmanager
