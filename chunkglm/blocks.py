@@ -640,27 +640,56 @@ def _together(*blocks: Any) -> Any:
     return blocks
 
 
-def _gather(nested: Any, places: Sequence[tuple[Any, ...]], depth: int, axis: int = 0) -> list[Array]:
-    """Blocks along the first axes, in lists of lists of tuples, as one array of each member of the tuples."""
+def _gather(
+    nested: Any, places: Sequence[tuple[Any, ...]], depth: int, cut: tuple[int, slice], axis: int = 0
+) -> list[Array]:
+    """A part of blocks that lie in lists of lists of tuples, as one array of each member of the tuples."""
     if axis == depth:
-        return [_spread(one, place) for one, place in zip(nested, places, strict=True)]
-    parts = [_gather(one, places, depth, axis + 1) for one in nested]
+        return [_cut_out(_spread(one, place), *cut) for one, place in zip(nested, places, strict=True)]
+    parts = [_gather(one, places, depth, cut, axis + 1) for one in nested]
     return [
         each[0] if place[axis] is None else np.concatenate(each, axis=axis)
         for place, each in zip(places, zip(*parts, strict=True), strict=True)
     ]
 
 
+def _cut_out(block: Array, axis: int, part: slice) -> Array:
+    whole = axis >= block.ndim or block.shape[axis] == 1
+    out: Array = block if whole else block[(*[slice(None)] * axis, part)]
+    return out
+
+
+def _leaves(nested: Any, depth: int) -> list[Any]:
+    """What is in lists of lists, in one."""
+    return [leaf for one in nested for leaf in _leaves(one, depth - 1)] if depth else [nested]
+
+
+def _combine(
+    places: Sequence[tuple[Any, ...]], depth: int, function: Callable[..., Array], nested: Any
+) -> Array:
+    """Apply a function to what :func:`_together` made of blocks along ``depth`` dims.
+
+    A few voxels at a time: of all others, what lies along these dims is not there twice.
+    """
+    leaves = _leaves(nested, depth)
+    shapes = [_spread(one, place).shape for one, place in zip(leaves[0], places, strict=True)]
+    # With no dim left there is nothing to cut.
+    lengths = np.broadcast_shapes(*(shape[depth:] for shape in shapes)) or (1,)
+    axis = int(np.argmax(lengths))
+    n_bytes = sum(np.asarray(one).nbytes for leaf in leaves for one in leaf)
+    n = max(lengths[axis] // max(-(-n_bytes // plan.COMBINED_BYTES), 1), 1)
+    cuts = [(depth + axis, slice(start, start + n)) for start in range(0, max(lengths[axis], 1), n)]
+    parts = [function(*_gather(nested, places, depth, cut)) for cut in cuts]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1 + axis)
+
+
 def _apply(
     places: Sequence[tuple[Any, ...]], depth: int, n_gone: int, function: Callable[..., Array], *blocks: Any
 ) -> Array:
-    """Apply a function to blocks, or to what :func:`_together` made of them along ``depth`` dims."""
-    aligned = (
-        _gather(blocks[0], places, depth)
-        if depth
-        else [_spread(one, place) for one, place in zip(blocks, places, strict=True)]
-    )
-    out = function(*aligned)
+    """Apply a function to blocks; where ``depth`` is not 0, to what :func:`_together` made of them along as many dims."""
+    if depth:
+        return _combine(places, depth, function, blocks[0])
+    out = function(*(_spread(one, place) for one, place in zip(blocks, places, strict=True)))
     return out.reshape(out.shape + (1,) * n_gone)
 
 

@@ -46,6 +46,9 @@ WRITTEN = 4
 VOXEL_TILE, TILE, SOLVE_TILE, SOLVE_BYTES = 8192, 2048, 8192, 8 * MIB
 """Voxels that kernels work on at a time, and size of their normal equations: a test holds these against the kernels."""
 
+COMBINED_BYTES = 2 * MIB
+"""Of the rows of all runs that are put together at a time, to be combined."""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -369,16 +372,17 @@ def statistics_memory_per_thread(size: StatisticsSize) -> int:
     """
     read = size.n_regressors + 1 + size.order
     making = read + 3 * size.n_rows + size.n_weighted
-    # What was made of the other runs waits; then all are put together, and combined.
+    # What was made of the other runs waits; then all are combined, some voxels at a time.
     waiting = max(size.n_runs - 1, 0) * size.n_rows
-    combining = 3 * (size.n_runs + 1) * size.n_rows if size.n_runs else 0
+    combining = (size.n_runs + 3) * size.n_rows if size.n_runs else 0
     rows = read * 5 // 4 + max(making + waiting, combining) + 4 * size.n_contrasts + 8
-    return 8 * size.voxels * rows + uncertainty_memory(size.n_regressors, size.order, size.n_volumes)
+    beside = 5 * COMBINED_BYTES if size.n_runs else 0
+    return 8 * size.voxels * rows + beside + uncertainty_memory(size.n_regressors, size.order, size.n_volumes)
 
 
 def combining_memory(n_voxels: int, n_rows: int, n_runs: int, n_contrasts: int) -> int:
     """Bytes that a thread needs for the rows of each run until they are combined, and for the tests of all contrasts."""
-    return 8 * n_voxels * (3 * (n_runs + 1) * n_rows + 4 * n_contrasts + 8)
+    return 8 * n_voxels * ((n_runs + 3) * n_rows + 4 * n_contrasts + 8) + 5 * COMBINED_BYTES
 
 
 def uncertainty_memory(n_regressors: int, order: int, n_volumes: int) -> int:

@@ -347,6 +347,29 @@ def test_map_rows__any_chunks_give_the_same(chunks, others):
     assert (total.chunks is None) == (chunks is None and others is None)
 
 
+def test_map_rows__what_is_combined_some_voxels_at_a_time_is_the_same(monkeypatch):
+    rng = np.random.default_rng(7)
+    a, b = rng.random((6, 9, 4)), rng.random(6)
+    one, other = xr.Variable(("run", "y", "x"), a).chunk(run=1, y=5), xr.Variable("run", b)
+    sizes = set()
+
+    def weigh(block, number):
+        sizes.add(block.shape)
+        return np.stack([(block * number).sum(axis=0), block.max(axis=0)])
+
+    for n_bytes, largest in ((2**20, 5), (6 * 8 * 4 * 3, 2), (1, 1)):
+        sizes.clear()
+        monkeypatch.setattr(block_module.plan, "COMBINED_BYTES", n_bytes)
+        rows = map_rows(weigh, [one, other], ("y", "x"), n_rows=2, whole=("run",))
+        np.testing.assert_allclose(take(rows, ("y", "x"), 0), (a * b[:, None, None]).sum(axis=0))
+        np.testing.assert_array_equal(take(rows, ("x", "y"), 1), a.max(axis=0).T)
+        assert max(shape[1] for shape in sizes) == largest
+    total = map_rows(
+        lambda block: block.sum(axis=0, keepdims=True), [other.chunk(run=2)], (), n_rows=1, whole=("run",)
+    )
+    np.testing.assert_allclose(take(total, (), 0), b.sum())
+
+
 def test_map_rows__what_a_variable_lacks_has_length_1_and_each_label_may_have_a_function_of_its_own():
     rng = np.random.default_rng(4)
     a, b = rng.random((3, 5, 7)), rng.random(3)
