@@ -25,7 +25,6 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -533,14 +532,14 @@ def stage(
     elif console.is_terminal or console.is_jupyter:
         columns: list[Any] = [
             TextColumn("{task.description}", markup=False),
-            BarColumn(),
+            # The bar takes what the words leave.
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn(unit),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             TextColumn("{task.fields[about]}", markup=False),
         ]
-        with Progress(*columns, console=console) as bar:
+        with Progress(*columns, console=console, expand=True) as bar:
             task = bar.add_task(title, total=None, about="")
 
             def update(done: int, total: int) -> None:
