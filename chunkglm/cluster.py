@@ -45,6 +45,9 @@ KEPT_PIECE, KEPT_BYTES = 32 * 2**20, 8 * 2**20
 FIRST_LINE, SECONDS_BETWEEN_LINES = 5.0, 60.0
 """Until the first line of progress where there is no terminal, and between the next ones."""
 
+SECONDS_BETWEEN_CHANGES = 0.2
+"""Between changes of the line of progress in a notebook."""
+
 SECONDS_BETWEEN_LOOKS = 2.0
 """Between looks at the memory in use."""
 
@@ -513,7 +516,8 @@ def stage(
     Parameters
     ----------
     console : rich.console.Console
-        A bar on a terminal or in a notebook; elsewhere plain lines: one soon, one a minute, and one at the end.
+        A bar on a terminal, a line that changes in a notebook; elsewhere plain lines: one soon, one a minute, and one at the
+        end.
     title, unit : str
         What is done, and what is counted.
     n_bytes : int, optional
@@ -529,7 +533,10 @@ def stage(
     watch_of = _Watch(title, unit, n_bytes)
     if quiet:
         yield None
-    elif console.is_terminal or console.is_jupyter:
+    elif console.is_jupyter:
+        with _cell(watch_of) as show:
+            yield show
+    elif console.is_terminal:
         columns: list[Any] = [
             TextColumn("{task.description}", markup=False),
             # The bar takes what the words leave.
@@ -582,6 +589,25 @@ def _lines(console: Console, watch_of: _Watch) -> Iterator[Callable[[int, int], 
 
 
 @contextmanager
+def _cell(watch_of: _Watch) -> Iterator[Callable[[int, int], None]]:
+    """Progress as a line below a notebook's cell, which changes: bars there need ipywidgets, and do not outlive the session."""
+    import IPython.display as untyped  # noqa: PLC0415
+
+    display: Any = untyped.display
+    handle = display({"text/plain": watch_of.line()}, raw=True, display_id=True)
+    shown = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        watch_of.done, watch_of.total = done, total
+        if done >= total or time.monotonic() - shown >= SECONDS_BETWEEN_CHANGES:
+            shown = time.monotonic()
+            handle.update({"text/plain": watch_of.line()}, raw=True)
+
+    yield show
+
+
+@contextmanager
 def watch(title: str, *, unit: str = "blocks") -> Iterator[Callable[[int, int], None]]:
     """Show the progress of a conversion or of saving, with an estimate of what is left, throughput and memory in use.
 
@@ -595,8 +621,8 @@ def watch(title: str, *, unit: str = "blocks") -> Iterator[Callable[[int, int], 
     Yields
     ------
     callable
-        For ``progress=``. In a notebook or on a terminal it draws a bar, elsewhere it prints lines: one soon, one a minute,
-        and one at the end. On a cluster the memory is that of its workers together.
+        For ``progress=``. On a terminal it draws a bar, in a notebook a line that changes; elsewhere it prints lines: one
+        soon, one a minute, and one at the end. On a cluster the memory is that of its workers together.
 
     Examples
     --------

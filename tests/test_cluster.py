@@ -660,6 +660,30 @@ def test_progress_on_a_terminal_is_a_bar():
     assert "in use" in shown
 
 
+def test_progress_in_a_notebook_is_one_line_that_changes(monkeypatch):
+    display = pytest.importorskip("IPython.display", reason="IPython is not installed")
+    shown = []
+
+    class Handle:
+        def update(self, content, raw):
+            assert raw
+            shown[-1] = content["text/plain"]
+
+    def show(content, raw, display_id):
+        assert raw
+        assert display_id
+        shown.append(content["text/plain"])
+        return Handle()
+
+    monkeypatch.setattr(display, "display", show)
+    with clusters.stage(Console(force_jupyter=True), "Fitting", "blocks") as progress:
+        assert re.fullmatch(r"Fitting: begun \d+ s ago, .* in use", shown[0])
+        progress(1, 3)
+        progress(3, 3)
+    assert len(shown) == 1
+    assert shown[0].startswith("Fitting: 3 of 3 blocks")
+
+
 def test_memory_is_that_of_the_workers(client):
     there = clusters.memory_in_use()
     with dask.config.set(scheduler="threads"):

@@ -79,6 +79,7 @@ def test_notebooks__are_there():
         "1-two-sessions.ipynb",
         "2-twelve-runs.ipynb",
         "3-new-questions.ipynb",
+        "4-larger-than-memory.ipynb",
     ]
 
 
