@@ -15,6 +15,7 @@ from benchmarks import (
     larger_than_memory,
     memory,
     picture,
+    scale,
     store_layouts,
 )
 from chunkglm.testing import write_simulated_run
@@ -118,6 +119,25 @@ def test_memory__prints_a_row_for_every_job(capsys, monkeypatch):
     least = int(re.search(r"smallest budget: (\d+) MiB; (\d+) MiB: Error: ", out)[1])
     assert lines[4].startswith(f"| {least}MiB | ")
     assert lines[5].startswith("| 2GiB | ")
+
+
+def test_scale__multiplies_what_it_measures(capsys):
+    pytest.importorskip("distributed", reason="distributed is not installed")
+    n_runs = 2
+    scale.main([*SIZE, "--runs", str(n_runs), "--subjects", "10", "500", "--small-tasks", "50"])
+    out = capsys.readouterr().out
+    rows = rows_of(out)
+    # One block of voxels: no more than three tasks for each run in each stage, one for the maps, and what they share.
+    assert rows["convert"][0] == str(n_runs)
+    assert n_runs <= int(rows["fit"][0]) <= 3 * n_runs + 1
+    assert n_runs + 1 <= int(rows["contrast and fixed effects"][0]) <= 3 * n_runs + 1 + 6
+    assert 50 <= int(rows["small tasks"][0]) <= 102
+    tasks = sum(int(rows[name][0]) for name in ("convert", "fit", "contrast and fixed effects"))
+    assert rows["tasks"][:3] == [f"{tasks:,}", f"{10 * tasks:,}", f"{500 * tasks:,}"]
+    assert all(
+        float(rows[name][1]) > 0 and float(rows[name][2]) > 0 for name in ("convert", "fit", "small tasks")
+    )
+    assert len(rows) == 4 + 12 + 2
 
 
 def test_calibration__prints_and_draws_every_row(tmp_path, capsys, monkeypatch):
