@@ -171,8 +171,8 @@ def _print_multiplied(small: Counted, one: Subject, raw: int, options: argparse.
     least = subject.task_seconds / subject.scheduler_seconds
     most = subject.task_seconds / (subject.tasks * each)
     print(
-        f"\nA scheduler keeps up with {least:,.0f} threads at the least and {most:,.0f} at the most: seconds of workers over "
-        "its own."
+        f"\nA scheduler keeps up with {least:,.0f} threads at the least and {most:,.0f} at the most, and one client with "
+        f"{subject.task_seconds / subject.client_seconds:,.0f}: seconds of workers over their own."
     )
 
 
