@@ -103,6 +103,16 @@ def pytest_addoption(parser):
     parser.addoption("--flips", type=int, default=50, help="bits that are flipped in stores")
 
 
+SLOW = ("test_benchmarks", "test_cluster", "test_cluster_page", "test_memory", "test_notebooks")
+"""Files of tests that take minutes: they start, measure and kill processes."""
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def n_kills(request):
     return request.config.getoption("--kills")
