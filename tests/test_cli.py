@@ -663,7 +663,7 @@ def test_readme__runs_as_it_stands_from_top_to_bottom(data, tmp_path, monkeypatc
             for line in code.replace("\\\n", " ").splitlines():
                 assert call(*shlex.split(line)[1:]) == 0, line
         kinds.append(kind)
-    assert kinds == ["bash"] * 6 + ["python"] * 5
+    assert kinds == ["bash"] * 7 + ["python"] * 5
     for name in ("results/report.html", "faces.png", "face-house.png"):
         assert Path(name).is_file()
     z = nib.load("z.nii.gz").get_fdata()

@@ -464,7 +464,7 @@ def test_a_url_is_read_like_a_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "budget", "fwhm"),
-    [("run.nii", "72MiB", None), ("run.nii.gz", "1GiB", None), ("run.nii.gz", "128MiB", 6.0)],
+    [("run.nii", "80MiB", None), ("run.nii.gz", "1GiB", None), ("run.nii.gz", "128MiB", 6.0)],
 )
 def test_memory_stays_below_the_projection(tmp_path, name, budget, fwhm):
     shape, n_volumes = (64, 64, 40), 300

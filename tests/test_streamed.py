@@ -158,10 +158,12 @@ def test_where_one_pass_is_not_enough_the_fit_is_from_the_stores(data, tmp_path,
 
     monkeypatch.setattr(job, "fit", watched)
     if options.get("memory") == "tight":
-        # Enough for each stage by itself.
+        # Enough for each stage by itself, and for so many threads that convert, but not with the sums of the fit beside them.
         _, models, described = preflight.examine(job_of(data, tmp_path / "none"))
-        least = jobplan.least_memory(job_of(data, tmp_path / "none"), models, described)
-        options = {"memory": str(max(least.values()))}
+        least = max(jobplan.least_memory(job_of(data, tmp_path / "none"), models, described).values())
+        needed = min((one.needed for one in described.values()), key=lambda one: one(1))
+        n_threads = next(n for n in range(1, 100) if needed(n) >= least)
+        options = {"memory": str(needed(n_threads)), "n_threads": n_threads}
     output = tmp_path / "results"
     masks = {"sample_masks": (str(data / "censored.txt"), "all")} if "sample_masks" in options else {}
     job.run_job(job_of(data, output, **{**options, **masks}), CONSOLE, quiet=True)
