@@ -825,6 +825,11 @@ def _write_layer(ds: Writing, members: list[int]) -> tuple[Any, list[Any]]:
     return layer, todo
 
 
+def placeholder(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """A lazy array that stands for one of the same shape and dtype, never to be computed."""
+    return da.zeros(shape, dtype=dtype, chunks=-1)
+
+
 def blank(n_rows: int, n_runs: int, chunks: tuple[tuple[int, ...], ...]) -> Rows:
     """Rows with the dims run, z, y, x, in the place of what is computed elsewhere; never to be computed."""
     shape = n_runs, *(sum(sizes) for sizes in chunks)

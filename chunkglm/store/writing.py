@@ -20,7 +20,7 @@ import zarr.storage
 from zarr.core.buffer import default_buffer_prototype
 
 from chunkglm import chunkfiles
-from chunkglm.blocks import Writing
+from chunkglm.blocks import Writing, placeholder
 from chunkglm.errors import ChunkGLMError, InputError, StoreError
 from chunkglm.schema import canonical_json
 from chunkglm.store.manifest import (
@@ -207,6 +207,11 @@ class StoreWriter:
         encoding = {
             str(name): _encoding(variable, chunks.get(str(name))) for name, variable in ds.variables.items()
         }
+        # Not the arrays themselves, whose graphs xarray would lay out for a computation that nobody wants.
+        lazy = {name: one for name, one in ds.variables.items() if one.chunks is not None}
+        blank = {name: one.copy(data=placeholder(one.shape, one.dtype)) for name, one in lazy.items()}
+        coords = {name: one for name, one in blank.items() if name in ds.coords}
+        ds = ds.assign({name: one for name, one in blank.items() if name not in coords}).assign_coords(coords)
         try:
             ds.to_zarr(
                 cast("Any", self._store),
