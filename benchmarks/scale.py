@@ -20,7 +20,7 @@ import xarray as xr
 from benchmarks import _compare, _study
 from benchmarks.workers import cluster_of
 from chunkglm.plan import format_bytes
-from chunkglm.store.saving import WAVE_BLOCKS
+from chunkglm.store.saving import WAVE_BLOCKS, WAVE_STORES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,8 +113,12 @@ def _print_multiplied(small: Counted, one: Subject, raw: int, options: argparse.
     disk = one.runs + one.fit + one.fixed
     stages = ((one.fitting.tasks, one.fit_blocks), (one.combining.tasks, one.fixed_blocks))
     # What is computed together is counted in blocks of the datasets that are saved.
-    tasks, blocks = max(stages, key=lambda stage: stage[0] * max(1, WAVE_BLOCKS // stage[1]))
-    together = max(1, WAVE_BLOCKS // blocks)
+
+    def n_together(blocks: int) -> int:
+        return max(1, min(WAVE_STORES, WAVE_BLOCKS // blocks))
+
+    tasks, blocks = max(stages, key=lambda stage: stage[0] * n_together(stage[1]))
+    together = n_together(blocks)
     heading = ["", "of one subject", *(f"{n:,} subjects" for n in options.subjects), "how"]
     print("\nMultiplied:\n")
     print("| " + " | ".join(heading) + " |")
@@ -133,7 +137,8 @@ def _print_multiplied(small: Counted, one: Subject, raw: int, options: argparse.
     row(
         "largest graph at a time, tasks",
         lambda n: f"{min(n, together) * tasks:,}",
-        f"{tasks} of a subject, measured, x the {together:,} whose blocks to write are at most {WAVE_BLOCKS:,}",
+        f"{tasks} of a subject, measured, x the {together:,} that are saved together: at most {WAVE_STORES} stores of at most "
+        f"{WAVE_BLOCKS:,} blocks to write",
     )
     row("worker threads", lambda n: hours(n * subject.task_seconds), "measured x subjects")
     row(

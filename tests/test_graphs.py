@@ -175,6 +175,13 @@ def test_a_store_that_was_replaced_is_not_taken_for_the_one_that_was_opened(tmp_
         pickle.loads(content)
 
 
+def test_a_wave_holds_no_more_stores_than_files_may_be_open(monkeypatch):
+    small = xr.Dataset({"a": ("x", da.ones(2, chunks=1))})
+    monkeypatch.setattr(saving, "WAVE_STORES", 3)
+    waves = list(saving._waves({str(number): small for number in range(7)}))
+    assert [list(wave) for wave in waves] == [["0", "1", "2"], ["3", "4", "5"], ["6"]]
+
+
 def test_a_study_is_computed_some_subjects_at_a_time(computed, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "WAVE_BLOCKS", 40)
     expected = {}

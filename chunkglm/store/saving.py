@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 LARGEST_CHUNK = 2**30
 """Bytes; dask chunks that are larger are divided, because codecs take less than 2 GiB."""
 
-WAVE_BLOCKS = 4096
-"""Blocks of several datasets that are computed together: enough for many workers, few for a scheduler."""
+WAVE_BLOCKS, WAVE_STORES = 4096, 128
+"""Blocks of several datasets that are computed together, and datasets: enough for many workers, few for a scheduler. Each
+store that is being made holds a lock, which is an open file, of which a process may have a thousand."""
 
 _PACKAGES = ("dask", "nibabel", "numpy", "scipy", "xarray", "zarr")
 
@@ -196,7 +197,7 @@ def _save_tree(
 
 
 def _waves(datasets: Mapping[str, xr.Dataset]) -> Iterator[dict[str, xr.Dataset]]:
-    """Divide datasets into those that are computed together: as many as have so many blocks, at least one."""
+    """Divide datasets into those that are computed together: as many as the bounds allow, at least one."""
     wave: dict[str, xr.Dataset] = {}
     n_blocks = 0
     for place, ds in datasets.items():
@@ -204,7 +205,7 @@ def _waves(datasets: Mapping[str, xr.Dataset]) -> Iterator[dict[str, xr.Dataset]
             (int(np.prod(one.data.numblocks)) for one in ds.variables.values() if one.chunks is not None),
             default=0,
         )
-        if wave and n_blocks + own > WAVE_BLOCKS:
+        if wave and (n_blocks + own > WAVE_BLOCKS or len(wave) == WAVE_STORES):
             yield wave
             wave, n_blocks = {}, 0
         wave[place] = ds
