@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = "1"
 """Version of the layout of stores; a reader refuses versions that it does not know."""
 
-NUMERICAL_VERSION = "5"
-"""Changes whenever the same input and options would give other numbers."""
+NUMERICAL_VERSION = "6"
+"""Changes whenever the same input and options would give other numbers, or the same in other chunks."""
 
 SPACE = ("z", "y", "x")
 """The voxel dimensions, in memory order: a block ``(time, z, y, x)`` is the byte order of a NIfTI file."""
