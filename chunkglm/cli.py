@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import textwrap
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from chunkglm import demo as demonstration
 from chunkglm import job as jobs
 from chunkglm import store as stores
 from chunkglm._version import __version__
-from chunkglm.cluster import SLURM, THREADS, check_scheduler, computing, share_freed_memory, stage, threads
+from chunkglm.cluster import SLURM, THREADS, check_scheduler, computing, share_freed_memory, stage
 from chunkglm.contrasts import contrast as compute_contrast
 from chunkglm.convert import convert as convert_run
 from chunkglm.convert import is_converted
@@ -437,10 +436,10 @@ def fit(
     model: dict[str, Any] = {"noise_model": noise_model, "compat": compat, "mask": mask}
 
     def lazy() -> xr.Dataset:
-        with threads(_threads_of(THREADS, None)), dask.config.set({budget.KEY: options["memory"]}):
-            return fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **model)
+        return fit_runs(_open_runs(runs), frames, sample_masks=masks, signal_scaling=scaling, **model)
 
-    _save(lazy, output, "Fitting", **options)
+    # To choose the order of the noise, all data is read.
+    _save(lazy, output, "Fitting", reads=noise_model == "auto", **options)
 
 
 @cli.command()
@@ -483,20 +482,34 @@ def combine(contrast_store: str, output: str, *, precision_weighted: bool, **opt
 
 
 def _save(
-    lazy: Callable[[], xr.Dataset], output: str, title: str, *, memory: str, overwrite: bool, **where: Any
+    lazy: Callable[[], xr.Dataset],
+    output: str,
+    title: str,
+    *,
+    memory: str,
+    overwrite: bool,
+    reads: bool = False,
+    **where: Any,
 ) -> None:
+    """Make a dataset, which ``reads`` data or does not, and save it."""
     where["n_threads"] = _threads_of(where["scheduler"], where["n_threads"])
     check_scheduler(where["scheduler"], where["workers"], where["performance_report"])
-    # A cluster is bothered only if there is something to do, and workers have other working directories.
-    ds, place = lazy(), output if "://" in output else os.path.abspath(output)  # noqa: PTH100  (links stay)
-    if not overwrite and stores.is_saved(ds, output):
-        OUT.print(f"{output} is up to date: made from the same data with the same options.", soft_wrap=True)
-        return
-    with (
-        computing(**where, memory=plan.parse_memory(memory), console=ERR, quiet=_State.quiet),
-        stage(ERR, title, "blocks", quiet=_State.quiet) as progress,
-    ):
-        stores.save(ds, place, memory=memory, overwrite=overwrite, progress=progress)
+    cluster = computing(**where, memory=plan.parse_memory(memory), console=ERR, quiet=_State.quiet)
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set({budget.KEY: memory}))
+        if reads:
+            stack.enter_context(cluster)
+        ds = lazy()
+        if not overwrite and stores.is_saved(ds, output):
+            OUT.print(
+                f"{output} is up to date: made from the same data with the same options.", soft_wrap=True
+            )
+            return
+        if not reads:
+            # Only now: a cluster is not bothered if there is nothing to do.
+            stack.enter_context(cluster)
+        progress = stack.enter_context(stage(ERR, title, "blocks", quiet=_State.quiet))
+        stores.save(ds, output, overwrite=overwrite, progress=progress)
     OUT.print(f"Wrote {output}", soft_wrap=True)
 
 

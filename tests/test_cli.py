@@ -10,11 +10,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import dask
 import nibabel as nib
 import numpy as np
 import pytest
 
 import chunkglm as cg
+from chunkglm import glm
 from chunkglm.cli import cli, main
 from chunkglm.testing import write_simulated_run
 
@@ -403,6 +405,21 @@ def test_run__compat_and_precision_weighting_are_followed(data, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- single verbs
+
+
+def test_fit__what_is_read_to_choose_the_order_keeps_to_what_is_said(finished, data, tmp_path, monkeypatch):
+    told = []
+    mean_rows = glm.mean_rows
+
+    def look(rows):
+        told.append((dask.config.get("num_workers"), dask.config.get("chunkglm.memory")))
+        return mean_rows(rows)
+
+    monkeypatch.setattr(glm, "mean_rows", look)
+    designs = [item for n in (1, 2) for item in ("--design", data / f"run{n}_design.npz")]
+    options = ("--noise-model", "auto", "--n-threads", "1", "--memory", "900MiB")
+    assert call("fit", finished / "runs.zarr", *designs, *options, "--output", tmp_path / "fit.zarr") == 0
+    assert told == [(1, "900MiB")] * 2
 
 
 def test_verbs__one_by_one_give_the_maps_of_run(finished, data, tmp_path):
