@@ -49,6 +49,7 @@ from chunkglm.stages import (
     WRITING,
     convert_there,
     is_done,
+    is_trusted,
     look_at_fit,
     look_at_fits_there,
     maps_of,
@@ -331,18 +332,12 @@ def _convert_all(
         for number, (source, _) in wanted.items():
             _convert(job, source, number, console, quiet=quiet, n_threads=job.n_threads)
     else:
-        there = {number: (_absolute(source), place.absolute()) for number, (source, place) in wanted.items()}
         volumes = {number: len(models.designs[str(number)]) for number in wanted}
         title = f"Converting {len(wanted)} {'run' if len(wanted) == 1 else 'runs'}"
         n_bytes = sum(_signal_bytes(source) for source, _ in wanted.values())
         with stage(console, title, "volumes", n_bytes=n_bytes, quiet=quiet or not wanted) as progress:
-            convert_there(client, job, there, volumes, progress)
+            convert_there(client, job, wanted, volumes, progress)
     return {str(number): stores.open_run(_run_place(job, number)) for number in range(1, len(job.runs) + 1)}
-
-
-def _absolute(source: str) -> str:
-    """A path or URL that means the same in another working directory."""
-    return source if "://" in source else str(Path(source).absolute())
 
 
 def _signal_bytes(source: str) -> int:
@@ -353,9 +348,8 @@ def _signal_bytes(source: str) -> int:
 
 def _check_places(job: Job) -> None:
     """Refuse a cluster that does not see the inputs and the folder of the results."""
-    inputs = [
-        Path(_absolute(one)) for one in (*job.runs, *([job.mask] if job.mask else [])) if "://" not in one
-    ]
+    named = (*job.runs, *([job.mask] if job.mask else []))
+    inputs = [Path(stores.absolute(one)) for one in named if not stores.is_url(one)]
     folder = job.output.absolute() / "maps"
     try:
         with maps_workplace(folder) as probe:
@@ -383,11 +377,6 @@ def _within_memory(job: Job, runs: Mapping[str, xr.Dataset], models: Models) -> 
             f"time. Give more --memory, if the machines have it, or start workers with fewer threads: --nthreads {fitting}."
         )
     yield
-
-
-def _is_trusted(place: Path, job: Job) -> bool:
-    """Whether a store that is there is kept: where it may be replaced, only if it is undamaged."""
-    return not job.overwrite or stores.is_whole(place)
 
 
 def _run_place(job: Job, number: int) -> Path:
@@ -428,7 +417,7 @@ def _fit_all(
 ) -> xr.Dataset:
     place, shared = job.output / "fit.zarr", fit_made_of(job, models)
     parts = run_parts(job, models, [run.attrs["source_sha256"] for run in runs.values()])
-    if stores.is_up_to_date(place, {**shared, "runs": parts}) and _is_trusted(place, job):
+    if stores.is_up_to_date(place, {**shared, "runs": parts}) and is_trusted(place, overwrite=job.overwrite):
         return stores.open_store(place)
     lazy = fit(dict(runs), models.designs, sample_masks=models.kept, **job.fit_options)
     n_bytes = sum(run["bold"].size * run["bold"].dtype.itemsize for run in runs.values())

@@ -48,9 +48,14 @@ WRITING = ".writing"
 # ------------------------------------------------------------------------------------------------- what is done anywhere
 
 
+def is_trusted(place: Path, *, overwrite: bool) -> bool:
+    """Whether a store that is there is kept: where it may be replaced, only if it is undamaged."""
+    return not overwrite or stores.is_whole(place)
+
+
 def is_done(source: str, place: Path, *, overwrite: bool, sha256: str | None, **options: Any) -> bool:
-    """Whether a run is converted, and kept: where it may be replaced, only if it is undamaged."""
-    return is_converted(source, place, sha256=sha256, **options) and (not overwrite or stores.is_whole(place))
+    """Whether a run is converted, and its store kept."""
+    return is_converted(source, place, sha256=sha256, **options) and is_trusted(place, overwrite=overwrite)
 
 
 def maps_of(
@@ -201,7 +206,9 @@ def convert_there(
     for _, place in wanted.values():
         stores.check_idle(place)
     limits = _limits(client, job, len(wanted))
-    options = _absolute(job.run_options)
+    # Workers have other working directories.
+    mask = None if job.mask is None else stores.absolute(job.mask)
+    options = {**job.run_options, "mask": mask}
     topic = f"chunkglm-{uuid.uuid4().hex}"
     done, total = dict.fromkeys(wanted, 0), sum(n_volumes[number] for number in wanted)
 
@@ -215,8 +222,8 @@ def convert_there(
         {
             "topic": topic,
             "number": number,
-            "source": source,
-            "place": str(place),
+            "source": stores.absolute(source),
+            "place": stores.absolute(str(place)),
             "options": options,
             "limits": limits,
             "overwrite": job.overwrite,
@@ -241,12 +248,6 @@ def _limits(client: Any, job: Job, n_tasks: int) -> dict[str, int]:
     if there.memory is not None:
         memory = min(memory, there.memory)
     return {"memory": memory * n_threads // there.most_threads, "n_threads": n_threads}
-
-
-def _absolute(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a conversion, for another working directory."""
-    mask = options["mask"]
-    return {**options, "mask": mask if mask is None or "://" in mask else str(Path(mask).absolute())}
 
 
 def write_maps_there(

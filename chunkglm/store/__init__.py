@@ -13,7 +13,7 @@ through chunkglm check against the manifest as well, because a missing chunk is 
 elsewhere is sound in itself.
 """
 
-from chunkglm.store.places import check_free, exists, is_study
+from chunkglm.store.places import absolute, check_free, exists, is_study, is_url
 from chunkglm.store.reading import is_whole, made_of, open_run, open_store, verify
 from chunkglm.store.saving import chunk_shapes, is_saved, part_hash, savable, save, save_runs
 from chunkglm.store.site import begun, check_idle, differences, is_up_to_date, remove_abandoned
@@ -22,6 +22,7 @@ from chunkglm.store.writing import StoreWriter, writing
 
 __all__ = [
     "StoreWriter",
+    "absolute",
     "begun",
     "check_free",
     "check_idle",
@@ -31,6 +32,7 @@ __all__ = [
     "is_saved",
     "is_study",
     "is_up_to_date",
+    "is_url",
     "is_whole",
     "made_of",
     "open_run",

@@ -35,6 +35,11 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
+def absolute(name: str) -> str:
+    """The name that means the same to a process in another working directory."""
+    return name if is_url(name) else os.path.abspath(name)  # noqa: PTH100  (links stay)
+
+
 def backend_of(name: str, *, read_only: bool) -> zarr.abc.store.Store:
     """Make the zarr store of a local path or a URL."""
     if not is_url(name):

@@ -42,6 +42,7 @@ from chunkglm.store.places import (
     ROOT,
     SEAL,
     STUDY,
+    absolute,
     backend_of,
     is_study,
     is_url,
@@ -84,7 +85,7 @@ class _CheckedStore(zarr.storage.WrapperStore[Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A manifest has an entry for every chunk: other processes read it from the store, each once.
-        return _reopen, (self.name if is_url(self.name) else str(Path(self.name).absolute()), self.seal)
+        return _reopen, (absolute(self.name), self.seal)
 
     def __dask_tokenize__(self) -> tuple[str, ...]:
         return ("chunkglm store", self.name, hashlib.sha256(canonical_json(self.manifest)).hexdigest())
@@ -146,7 +147,7 @@ def open_checked(store: StoreLike) -> tuple[_CheckedStore, dict[str, Any]]:
     name = store_name(store)
     if not is_url(name) and not Path(name).is_dir():
         raise _not_a_folder(name)
-    backend = backend_of(name if is_url(name) else os.path.abspath(name), read_only=True)  # noqa: PTH100  (links stay)
+    backend = backend_of(absolute(name), read_only=True)
     root = read_file(backend, ROOT)
     if root is None:
         raise _without_root(name, backend)

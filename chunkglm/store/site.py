@@ -31,6 +31,7 @@ from chunkglm.store.manifest import MANIFEST
 from chunkglm.store.places import (
     MADE_OF,
     ROOT,
+    absolute,
     backend_of,
     is_url,
     list_files,
@@ -124,7 +125,7 @@ class Site:
         self.name, self.folder = name, folder or name + PARTIAL
         self.root: bytes | None = None
         # Workers that write there have other working directories.
-        there = os.path.abspath(self.folder)  # noqa: PTH100  (links stay)
+        there = absolute(self.folder)
         self.backend = backend_of(name if is_url(name) else f"{there}/{STORE}", read_only=False)
         self.workplace = None if is_url(name) else Path(there) / WRITING / uuid.uuid4().hex
         self._before: tuple[int, int] | None = None
