@@ -88,8 +88,22 @@ class _VoxelBlock:
         return work.do(self.mask.make(), (recipe.make() for recipe in self.signal), computed)[:, None]
 
 
+class _Stored:
+    """An array of which a task takes a block by the number of it. It is sent to a process once, as all that blocks share."""
+
+    def __init__(self, source: Any, chunks: Sequence[Sequence[int]]) -> None:
+        self.source, self.slices = source, [_slices(sizes) for sizes in chunks]
+
+    def __dask_tokenize__(self) -> Any:
+        return tokenize(self.source, self.slices)
+
+    def block(self, index: Sequence[int]) -> Array:
+        place = tuple(along[i] for along, i in zip(self.slices, index, strict=True))
+        return np.asarray(self.source[place])
+
+
 class _StoredWork(_Work):
-    """The same with the arrays that hold signal and mask, of which a task takes its block by the number of it."""
+    """The same with the arrays that hold signal and mask."""
 
     def __init__(
         self,
@@ -102,17 +116,16 @@ class _StoredWork(_Work):
         chunks: tuple[tuple[int, ...], ...],
     ) -> None:
         super().__init__(function, arguments, n_rows)
-        self.signal, self.mask = signal, mask
-        self.time, *self.space = (_slices(sizes) for sizes in chunks)
+        self.signal, self.mask = _Stored(signal, chunks), _Stored(mask, chunks[1:])
 
     def __dask_tokenize__(self) -> Any:
-        return tokenize(super().__dask_tokenize__(), self.signal, self.mask, self.time, self.space)
+        return tokenize(super().__dask_tokenize__(), self.signal, self.mask)
 
     def block(self, index: tuple[int, ...], *computed: Any) -> Array:
         """The block of an index (run, z, y, x), shape (n_rows, 1, z, y, x)."""
-        place = tuple(along[i] for along, i in zip(self.space, index[1:], strict=True))
-        signal = (np.asarray(self.signal[(times, *place)]) for times in self.time)
-        return self.do(np.asarray(self.mask[place]), signal, computed)[:, None]
+        _, *place = index
+        signal = (self.signal.block((t, *place)) for t in range(len(self.signal.slices[0])))
+        return self.do(self.mask.block(place), signal, computed)[:, None]
 
 
 def _slices(sizes: Sequence[int]) -> list[slice]:
@@ -445,17 +458,11 @@ def map_rows(
         variable.transpose(*(dim for dim in order if dim in variable.dims)) for variable in variables
     ]
     places = [_places_of(variable.dims, order) for variable in variables]
-    several = not callable(function)
     if all(variable.chunks is None for variable in variables):
         blocks = [_spread(one.values, place) for one, place in zip(variables, places, strict=True)]
-        if callable(function):
-            return Rows(function(*blocks), dims, n_rows)
-        axis = len(whole)
-        parts = [[_label_along(block, axis, i) for block in blocks] for i in range(len(function))]
-        results = [one(*part) for one, part in zip(function, parts, strict=True)]
-        return Rows(np.concatenate(results, axis=1), dims, n_rows)
+        return Rows(_apply_at_once(function, blocks, len(whole)), dims, n_rows)
     chunks = _common_chunks(variables)
-    if several:
+    if not callable(function):
         chunks[dims[0]] = (1,) * sum(chunks[dims[0]])
     letters = {dim: number for number, dim in enumerate(order)}
     inputs = [_input(variable, chunks, letters) for variable in variables]
@@ -486,6 +493,18 @@ def map_rows(
         n = len(dims)
         data = _blockwise(_without, f"without-{token}", range(n), [(data, range(data.ndim))], lengths[:n])
     return Rows(data, dims, n_rows)
+
+
+def _apply_at_once(
+    function: Callable[..., Array] | Sequence[Callable[..., Array]], blocks: list[Array], axis: int
+) -> Array:
+    """Apply a function to arrays in memory, or one of several to each label along an axis."""
+    if callable(function):
+        return function(*blocks)
+    parts = [
+        one(*(_cut_out(block, axis, slice(i, i + 1)) for block in blocks)) for i, one in enumerate(function)
+    ]
+    return np.concatenate(parts, axis=1)
 
 
 def _without(block: Any) -> Array:
@@ -582,11 +601,6 @@ def _places_of(dims: Sequence[Hashable], order: Sequence[Hashable]) -> tuple[Any
 def _spread(block: Any, place: tuple[Any, ...]) -> Array:
     out: Array = np.asarray(block)[place]
     return out
-
-
-def _label_along(block: Array, axis: int, i: int) -> Array:
-    part: Array = block if block.shape[axis] == 1 and i else block[(*[slice(None)] * axis, slice(i, i + 1))]
-    return part
 
 
 def _common_chunks(variables: Sequence[xr.Variable]) -> dict[Hashable, tuple[int, ...]]:
@@ -700,25 +714,16 @@ def mask_blocks(masks: Sequence[xr.DataArray], spatial: tuple[tuple[int, ...], .
     sources = [_source_of(array) for array in arrays]
     if any(source is None for source in sources):
         return xr.Variable(("run", *SPACE), da.stack([as_chunked(array, spatial) for array in arrays]))
-    cuts = _Cuts([_slices(sizes) for sizes in spatial])
     dims = range(4)
-    inputs = [(_shared(sources), dims[:1]), (BlockIndex(tuple(len(sizes) for sizes in chunks)), dims)]
+    shared = _shared([_Stored(source, spatial) for source in sources])
+    inputs = [(shared, dims[:1]), (BlockIndex(tuple(len(sizes) for sizes in chunks)), dims)]
     name = f"mask-{tokenize([_content(one) for one, _ in inputs], chunks)}"
-    return xr.Variable(
-        ("run", *SPACE), _blockwise(partial(_cut, cuts), name, dims, inputs, chunks, dtype=bool)
-    )
+    return xr.Variable(("run", *SPACE), _blockwise(_block_of, name, dims, inputs, chunks, dtype=bool))
 
 
-class _Cuts:
-    """Slices along z, y, x of every block."""
-
-    def __init__(self, slices: list[list[slice]]) -> None:
-        self.slices = slices
-
-
-def _cut(cuts: _Cuts, source: Any, index: tuple[int, ...]) -> Array:
-    place = tuple(along[i] for along, i in zip(cuts.slices, index[1:], strict=True))
-    return np.asarray(source[place])[None]
+def _block_of(stored: _Stored, index: tuple[int, ...]) -> Array:
+    """The block of an index (run, z, y, x), with length 1 along the run."""
+    return stored.block(index[1:])[None]
 
 
 def as_chunked(array: Any, chunks: tuple[tuple[int, ...], ...]) -> Any:
@@ -825,15 +830,15 @@ def _write_layer(ds: Writing, members: list[int]) -> tuple[Any, list[Any]]:
     return layer, todo
 
 
-def placeholder(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """A lazy array that stands for one of the same shape and dtype, never to be computed."""
-    return da.zeros(shape, dtype=dtype, chunks=-1)
+def placeholder(shape: tuple[int, ...], dtype: np.dtype[Any] | type, chunks: Any = -1) -> Any:
+    """A lazy array in the place of one that is made elsewhere; never to be computed."""
+    return da.zeros(shape, dtype=dtype, chunks=chunks)
 
 
 def blank(n_rows: int, n_runs: int, chunks: tuple[tuple[int, ...], ...]) -> Rows:
     """Rows with the dims run, z, y, x, in the place of what is computed elsewhere; never to be computed."""
     shape = n_runs, *(sum(sizes) for sizes in chunks)
-    return Rows(da.full(shape, np.nan, chunks=((1,) * n_runs, *chunks)), ("run", *SPACE), n_rows)
+    return Rows(placeholder(shape, float, ((1,) * n_runs, *chunks)), ("run", *SPACE), n_rows)
 
 
 def compute(datasets: Sequence[xr.Dataset], *, here: bool = False) -> tuple[xr.Dataset, ...]:

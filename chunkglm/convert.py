@@ -14,7 +14,7 @@ import xarray as xr
 
 from chunkglm import budget, grids, nifti, plan
 from chunkglm import store as stores
-from chunkglm.blocks import single_blas_thread
+from chunkglm.blocks import placeholder, single_blas_thread
 from chunkglm.errors import InputError, MaskError
 from chunkglm.kernels.masking import box_of, epi_mask
 from chunkglm.kernels.smoothing import make_scratch, make_smoother, sigma_voxels, smooth_volume
@@ -372,11 +372,9 @@ def _template(
     reader: RunReader, t_r: float, fwhm: float | None, chunks: plan.Chunks, *, masked: bool
 ) -> xr.Dataset:
     """Make the store's metadata: everything but the values of bold, mask and mean image."""
-    import dask.array as da  # noqa: PLC0415  (placeholders of arrays that are written block by block)
-
     header, (n_time, *volume) = reader.header, reader.shape
     bold = xr.Variable(
-        ("time", *SPACE), da.zeros(reader.shape, dtype=_stored_dtype(reader, fwhm), chunks=chunks)
+        ("time", *SPACE), placeholder(reader.shape, _stored_dtype(reader, fwhm), tuple(chunks))
     )
     if header.scaled and fwhm is None:
         bold.encoding = {
@@ -387,8 +385,8 @@ def _template(
     ds = xr.Dataset(
         {
             "bold": bold,
-            "mask": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=bool, chunks=-1)),
-            "mean_image": xr.Variable(SPACE, da.zeros(tuple(volume), dtype=np.float32, chunks=-1)),
+            "mask": xr.Variable(SPACE, placeholder(tuple(volume), bool)),
+            "mean_image": xr.Variable(SPACE, placeholder(tuple(volume), np.float32)),
         },
         coords=grids.grid_coords(header.affine, volume, header.raw),
         attrs={
