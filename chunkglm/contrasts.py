@@ -382,7 +382,7 @@ def _contrasts(parts: _Parts, tests: list[_Test]) -> xr.Dataset:
     ds = ds.assign(parts_of())
     estimable = np.array([[w is not None for w in weights] for weights in weights_of])
     numbers = {
-        "weights": ((*lead, *(("row",) if is_f else ()), "regressor"), _stacked_weights(tests, q, is_f=is_f)),
+        "weights": ((*lead, "row", "regressor"), _stacked_weights(tests, q)),
         "estimable": ((*lead, "run"), estimable),
     }
     if is_f:
@@ -391,6 +391,8 @@ def _contrasts(parts: _Parts, tests: list[_Test]) -> xr.Dataset:
         numbers["dof"] = ((*lead, "run"), np.where(estimable, parts.dof, np.nan))
     for name, (own, values) in numbers.items():
         ds[name] = (own, values if named else values[0])
+    if not is_f:
+        ds["weights"] = ds["weights"].isel(row=0)
     ds["weights"].attrs["long_name"] = "weights of the contrast"
     ds = ds.assign_coords({key: value for key, value in fit.coords.items() if set(value.dims) <= set(dims)})
     ds = ds.assign_coords(regressor=fit["regressor"].variable)
@@ -429,10 +431,8 @@ def _labelled_rows(tests: list[_Test], named: list[str], q: int) -> xr.Dataset:
     return xr.Dataset(coords={"row": numbers, "row_": numbers, "row_name": row_name})
 
 
-def _stacked_weights(tests: list[_Test], q: int, *, is_f: bool) -> NDArray[np.float64]:
-    """Weights (contrast, row, regressor), of t contrasts (contrast, regressor); NaN in rows that a contrast does not have."""
-    if not is_f:
-        return np.stack([test.rows.weights[0] for test in tests])
+def _stacked_weights(tests: list[_Test], q: int) -> NDArray[np.float64]:
+    """Weights (contrast, row, regressor); NaN in rows that a contrast does not have."""
     out = np.full((len(tests), q, tests[0].rows.weights.shape[1]), np.nan)
     for number, test in enumerate(tests):
         out[number, : len(test.rows.names)] = test.rows.weights

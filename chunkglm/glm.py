@@ -790,18 +790,15 @@ def assemble(plan: FitPlan, rows: Rows) -> xr.Dataset:
     """
     spatial = rows.data.chunks[1:]
     n_volumes = [run.sizes["time"] for run in plan.recordings.values()]
-    estimates = estimates_of(rows, plan)
     ds = xr.Dataset(
         {
-            "beta": estimates["beta"],
-            "sigma2": estimates["sigma2"],
+            **estimates_of(rows, plan),
             "dof": ("run", np.array([one.dof for one in plan.runs], dtype=np.float64)),
             "order": ("run", np.array([one.order for one in plan.runs])),
             "n_volumes": ("run", np.array(n_volumes)),
             "column": (("run", "regressor"), np.stack([one.columns for one in plan.runs])),
             **_stack_designs(plan.recordings, plan.designs, plan.kept, plan.regressors),
             "mask": mask_blocks([one.mask for one in plan.runs], spatial),
-            **estimates,
         }
     )
     if plan.n_lags:

@@ -429,22 +429,6 @@ def examining_memory(n_voxels: int, itemsize: int, n_sampled: int) -> int:
     return OVERHEAD + n_voxels * (n_sampled * (2 * itemsize + 2) + 24)
 
 
-def threads_within(memory: int, fixed: int, per_thread: int, wanted: int, what: str) -> int:
-    """Find how many tasks fit into a budget at a time, where each needs the same.
-
-    Returns
-    -------
-    int
-        Between 1 and ``wanted``.
-
-    Raises
-    ------
-    MemoryBudgetError
-        If not even one fits; the message gives both numbers.
-    """
-    return most_threads(memory, lambda n: fixed + n * per_thread, wanted, what)
-
-
 def most_threads(memory: int, needed: Callable[[int], int], wanted: int, what: str) -> int:
     """Find the largest number of threads, up to ``wanted``, for which ``needed`` is within ``memory``.
 

@@ -145,13 +145,16 @@ def test_voxel_blocks_cover_the_volume_once_in_the_order_of_chunks(shape, chunks
 
 @given(st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 64))
 def test_threads_within_a_budget(memory, fixed, per_thread, wanted):
+    def needed(n):
+        return fixed + n * per_thread
+
     if fixed + per_thread > memory:
         with pytest.raises(MemoryBudgetError, match="memory") as caught:
-            plan.threads_within(memory, fixed, per_thread, wanted, "Fitting")
+            plan.most_threads(memory, needed, wanted, "Fitting")
         assert plan.format_bytes(memory) in str(caught.value)
         assert plan.format_bytes(fixed + per_thread) in str(caught.value)
         return
-    n = plan.threads_within(memory, fixed, per_thread, wanted, "Fitting")
+    n = plan.most_threads(memory, needed, wanted, "Fitting")
     assert 1 <= n <= wanted
     assert fixed + n * per_thread <= memory
     assert n == wanted or fixed + (n + 1) * per_thread > memory

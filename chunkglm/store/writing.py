@@ -327,8 +327,8 @@ class StoreWriter:
         Writing
         """
         lazy = {str(name): variable for name, variable in ds.variables.items() if variable.chunks is not None}
-        trusted = frozenset(self._trusted) if by_run else None
-        kept = trusted if by_run or self.continued else frozenset()
+        everything = None if self.continued else frozenset[int]()
+        kept = frozenset(self._trusted) if by_run else everything
         targets = [self._target(name, kept) for name in lazy]
         return Writing(
             list(lazy.values()),
