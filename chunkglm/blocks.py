@@ -454,10 +454,7 @@ def map_rows(
         One task a block. Where ``whole`` has several blocks, one more for each of them.
     """
     dims, order = tuple(dims), (*whole, *dims)
-    variables = [
-        variable.transpose(*(dim for dim in order if dim in variable.dims)) for variable in variables
-    ]
-    places = [_places_of(variable.dims, order) for variable in variables]
+    variables, places = _in_order(variables, order)
     if all(variable.chunks is None for variable in variables):
         blocks = [_spread(one.values, place) for one, place in zip(variables, places, strict=True)]
         return Rows(_apply_at_once(function, blocks, len(whole)), dims, n_rows)
@@ -470,15 +467,7 @@ def map_rows(
     gone: tuple[Hashable, ...] = () if divided else tuple(whole)
     token = tokenize(function, [_content(one) for one, _ in inputs], places, order, chunks, n_rows)
     if divided:
-        # All that is needed of a block along them comes from one task.
-        packed = _blockwise(
-            _together,
-            f"together-{token}",
-            tuple(letters.values()),
-            inputs,
-            tuple(chunks[dim] for dim in order),
-        )
-        inputs = [(packed, tuple(letters.values()))]
+        inputs = [(_pack(inputs, [chunks[dim] for dim in order], token), tuple(letters.values()))]
     made: Any = partial(_apply, places, len(whole) if divided else 0, len(gone))
     if callable(function):
         made = partial(made, function)
@@ -493,6 +482,112 @@ def map_rows(
         n = len(dims)
         data = _blockwise(_without, f"without-{token}", range(n), [(data, range(data.ndim))], lengths[:n])
     return Rows(data, dims, n_rows)
+
+
+def fold_rows(
+    function: Callable[..., Array],
+    finish: Callable[..., Array],
+    variables: Sequence[xr.Variable],
+    dims: Sequence[Hashable],
+    *,
+    n_rows: int,
+    whole: Sequence[Hashable],
+) -> Rows:
+    """Apply a function block by block to variables, to some of the labels along a dim after others.
+
+    What the memory has to hold of a block does not grow with the number of labels.
+
+    Parameters
+    ----------
+    function : callable
+        As that of :func:`map_rows`, with what it returned for the labels before in front of its arguments, None at first. It
+        must not matter how many labels it gets at a time; must be picklable.
+    finish : callable
+        From the last of what ``function`` returned, and what that got, to the rows.
+    variables, dims, n_rows
+        See :func:`map_rows`.
+    whole : sequence of hashable
+        Dims that the function takes away. The last of them is that of the labels.
+
+    Returns
+    -------
+    Rows
+        As of :func:`map_rows`. Where there are more than ``RUNS_TOGETHER`` labels in several blocks, tasks that take away the
+        last dim for so many each.
+    """
+    dims, order = tuple(dims), (*whole, *dims)
+    chunks = _common_chunks(variables)
+    groups = _groups(chunks[whole[-1]], plan.RUNS_TOGETHER)
+    if all(variable.chunks is None for variable in variables) or len(groups) == 1:
+        return map_rows(partial(_fold_once, function, finish), variables, dims, n_rows=n_rows, whole=whole)
+    variables, places = _in_order(variables, order)
+    letters = {dim: number for number, dim in enumerate(order)}
+    inputs = [_input(variable, chunks, letters) for variable in variables]
+    token = tokenize(function, finish, [_content(one) for one, _ in inputs], places, order, chunks, n_rows)
+    packed = _pack(inputs, [chunks[dim] for dim in order], token)
+    fold = partial(_fold, places, len(whole), function)
+    fold_last = partial(_fold, places, len(whole), partial(_fold_last, function, finish))
+    name = f"{_name_of(function)}-{token}"
+    layer: dict[Any, Any] = {}
+    around = [range(len(chunks[dim])) for dim in whole[:-1]]
+    for index in np.ndindex(*(len(chunks[dim]) for dim in dims)):
+        before: Any = None
+        for number, group in enumerate(groups):
+            last = number == len(groups) - 1
+            key: Any = (name, *index) if last else (f"{name}-before", number, *index)
+            layer[key] = (
+                fold_last if last else fold,
+                before,
+                _nested_keys(packed.name, [*around, group], index),
+            )
+            before = key
+    graph = HighLevelGraph.from_collections(name, layer, dependencies=[packed])
+    data = da.Array(graph, name, chunks=tuple(chunks[dim] for dim in dims), dtype=np.float64)
+    return Rows(data, dims, n_rows)
+
+
+def _fold_last(
+    function: Callable[..., Array], finish: Callable[..., Array], before: Array | None, *blocks: Array
+) -> Array:
+    return finish(function(before, *blocks), *blocks)
+
+
+def _fold_once(function: Callable[..., Array], finish: Callable[..., Array], *blocks: Array) -> Array:
+    return _fold_last(function, finish, None, *blocks)
+
+
+def _groups(sizes: Sequence[int], together: int) -> list[range]:
+    """Divide blocks of some sizes into as few groups of at most ``together`` labels as consecutive blocks allow."""
+    groups, total = [range(0)], 0
+    for number, size in enumerate(sizes):
+        if len(groups[-1]) and total + size > together:
+            groups.append(range(number, number))
+            total = 0
+        groups[-1] = range(groups[-1].start, number + 1)
+        total += size
+    return groups
+
+
+def _nested_keys(
+    name: str, ranges: Sequence[range], index: tuple[int, ...], found: tuple[int, ...] = ()
+) -> Any:
+    """Keys of blocks, in lists of lists along the first of their axes."""
+    if not ranges:
+        return (name, *found, *index)
+    return [_nested_keys(name, ranges[1:], index, (*found, number)) for number in ranges[0]]
+
+
+def _in_order(
+    variables: Sequence[xr.Variable], order: Sequence[Hashable]
+) -> tuple[list[xr.Variable], list[tuple[Any, ...]]]:
+    """Variables with their dims in order, and how each is indexed to have length 1 along the others."""
+    found = [one.transpose(*(dim for dim in order if dim in one.dims)) for one in variables]
+    return found, [_places_of(one.dims, order) for one in found]
+
+
+def _pack(inputs: Sequence[tuple[Any, Sequence[int]]], chunks: Sequence[tuple[int, ...]], token: str) -> Any:
+    """Have all that is needed of a block made by one task."""
+    return _blockwise(_together, f"together-{token}", range(len(chunks)), inputs, tuple(chunks))
 
 
 def _apply_at_once(
@@ -685,6 +780,29 @@ def _combine(
 
     A few voxels at a time: of all others, what lies along these dims is not there twice.
     """
+    cuts = _cuts(places, depth, nested)
+    parts = [function(*_gather(nested, places, depth, cut)) for cut in cuts]
+    return _joined(parts, depth, cuts)
+
+
+def _fold(
+    places: Sequence[tuple[Any, ...]],
+    depth: int,
+    function: Callable[..., Array],
+    before: Array | None,
+    nested: Any,
+) -> Array:
+    """The same for a function that gets in front what it made of the blocks before these."""
+    cuts = _cuts(places, depth, nested)
+    parts = []
+    for axis, part in cuts:
+        made = None if before is None else _cut_out(before, 1 + axis - depth, part)
+        parts.append(function(made, *_gather(nested, places, depth, (axis, part))))
+    return _joined(parts, depth, cuts)
+
+
+def _cuts(places: Sequence[tuple[Any, ...]], depth: int, nested: Any) -> list[tuple[int, slice]]:
+    """Divide blocks along their longest dim behind the first ``depth``: its axis, and parts of it."""
     leaves = _leaves(nested, depth)
     shapes = [_spread(one, place).shape for one, place in zip(leaves[0], places, strict=True)]
     # With no dim left there is nothing to cut.
@@ -692,9 +810,11 @@ def _combine(
     axis = int(np.argmax(lengths))
     n_bytes = sum(np.asarray(one).nbytes for leaf in leaves for one in leaf)
     n = max(lengths[axis] // max(-(-n_bytes // plan.COMBINED_BYTES), 1), 1)
-    cuts = [(depth + axis, slice(start, start + n)) for start in range(0, max(lengths[axis], 1), n)]
-    parts = [function(*_gather(nested, places, depth, cut)) for cut in cuts]
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1 + axis)
+    return [(depth + axis, slice(start, start + n)) for start in range(0, max(lengths[axis], 1), n)]
+
+
+def _joined(parts: list[Array], depth: int, cuts: list[tuple[int, slice]]) -> Array:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1 + cuts[0][0] - depth)
 
 
 def _apply(

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 import xarray as xr
 
-from chunkglm.blocks import map_rows, take
+from chunkglm.blocks import fold_rows, map_rows, take
 from chunkglm.contrasts import add_statistics, by_number_of_rows
 from chunkglm.errors import ChunkGLMWarning, ContrastError, InputError
 from chunkglm.grids import check_no_voxel_twice
-from chunkglm.kernels.combine import combine_others, combine_rows, combine_rows_of_others, combine_runs
+from chunkglm.kernels.combine import (
+    add_rows,
+    add_runs,
+    combine_others,
+    combine_rows_of_others,
+    combined,
+    combined_rows,
+)
 from chunkglm.schema import FORMAT_VERSION, STATISTICS, annotate, require
 from chunkglm.trees import map_nodes
 
@@ -208,14 +215,16 @@ def _combine(
     """Of effects with variances."""
     given = [contrasts[name].variable for name in COMBINED]
     dims = tuple(dict.fromkeys(one for variable in given for one in variable.dims if one != dim))
-    combine = partial(
-        _combine_blocks,
-        combine_others if each_left_out else combine_runs,
-        precision_weighted=precision_weighted,
-        reference_rules=contrasts.attrs.get("compat") == "nilearn",
-    )
+    by_reference = contrasts.attrs.get("compat") == "nilearn"
+    options = {"precision_weighted": precision_weighted, "reference_rules": by_reference}
     n_maps = contrasts.sizes[dim] if each_left_out else None
-    rows = map_rows(combine, given, dims, n_rows=4 * (n_maps or 1), whole=(dim,))
+    if n_maps is not None:
+        others = partial(_combine_blocks, combine_others, **options)
+        rows = map_rows(others, given, dims, n_rows=4 * n_maps, whole=(dim,))
+    else:
+        add = partial(_add_blocks, **options)
+        finish = partial(_finish_blocks, precision_weighted=precision_weighted)
+        rows = fold_rows(add, finish, given, dims, n_rows=4, whole=(dim,))
 
     def maps(user: str = "") -> dict[str, xr.Variable]:
         """What users get, or the same for what is computed of it."""
@@ -231,6 +240,14 @@ def _combine(
 
 def _combine_blocks(combine: Callable[..., Floats], *blocks: NDArray[Any], **options: bool) -> Floats:
     return combine(*(block.astype(np.float64) for block in np.broadcast_arrays(*blocks)), **options)
+
+
+def _add_blocks(before: Floats | None, /, *blocks: NDArray[Any], **options: bool) -> Floats:
+    return _combine_blocks(partial(add_runs, before), *blocks, **options)
+
+
+def _finish_blocks(sums: Floats, *_: NDArray[Any], precision_weighted: bool) -> Floats:
+    return combined(sums, precision_weighted=precision_weighted)
 
 
 def _coords(effect: xr.DataArray, dim: Hashable) -> Any:
@@ -259,15 +276,16 @@ def _combine_rows(
     lead = tuple(one for one in dims if one == "contrast")
     space = tuple(one for one in dims if one != "contrast")
     n_maps = contrasts.sizes[dim] if each_left_out else None
-    combine = partial(
-        _combine_row_blocks,
-        combine_rows_of_others if each_left_out else combine_rows,
-        precision_weighted=precision_weighted,
-        n_maps=n_maps or 1,
-    )
     n_each = q + q * q + 2
     given = [effect, covariance, dof, n_rows]
-    rows = map_rows(combine, given, dims, n_rows=n_each * (n_maps or 1), whole=("row", "row_", dim))
+    whole = ("row", "row_", dim)
+    if n_maps is not None:
+        others = partial(_others_of_row_blocks, precision_weighted=precision_weighted)
+        rows = map_rows(others, given, dims, n_rows=n_each * n_maps, whole=whole)
+    else:
+        add = partial(_add_row_blocks, precision_weighted=precision_weighted)
+        finish = partial(_finish_row_blocks, precision_weighted=precision_weighted)
+        rows = fold_rows(add, finish, given, dims, n_rows=n_each, whole=whole)
     front = lead if n_maps is None else (LEFT_OUT, *lead)
     left: dict[Hashable, int] = {} if n_maps is None else {LEFT_OUT: n_maps}
     n = n_maps or 1
@@ -297,35 +315,83 @@ def _combine_rows(
     return add_statistics(ds, maps)
 
 
-def _combine_row_blocks(
-    combine: Callable[..., Floats],
+def _others_of_row_blocks(
+    effect: Floats, covariance: Floats, dof: Floats, n_rows: NDArray[np.intp], *, precision_weighted: bool
+) -> Floats:
+    """Combine all runs but each; blocks are (row, row_, run, ...). Rows that a contrast does not have are NaN in the result."""
+    longest, n_maps = len(effect), dof.shape[2]
+
+    def of_rows(q: int, *blocks: NDArray[Any]) -> Floats:
+        made = combine_rows_of_others(*_run_after_run(q, *blocks), precision_weighted=precision_weighted)
+        return _padded(made, q, longest, n_maps)
+
+    return by_number_of_rows(of_rows, n_rows[0, 0, 0], effect, covariance, dof)
+
+
+def _add_row_blocks(
+    before: Floats | None,
     effect: Floats,
     covariance: Floats,
     dof: Floats,
     n_rows: NDArray[np.intp],
     *,
     precision_weighted: bool,
-    n_maps: int,
 ) -> Floats:
-    """Combine blocks (row, row_, run, ...); rows that a contrast does not have are NaN in the result, too."""
+    """The same with sums over runs, and over those before."""
     longest = len(effect)
 
-    def of_rows(q: int, e: NDArray[Any], V: NDArray[Any], d: NDArray[Any]) -> Floats:
-        R, space = e.shape[2], e.shape[3:]
-        # Run after run, as the kernel has them.
-        e = np.moveaxis(e[:q, 0].astype(np.float64), 1, 0).reshape(R * q, *space)
-        V = np.moveaxis(V[:q, :q].astype(np.float64), 2, 0).reshape(R * q * q, *space)
-        d = np.broadcast_to(d[0, 0], (R, *d.shape[3:])).astype(np.float64)
-        made = combine(e, V, d, precision_weighted=precision_weighted)
-        out = np.full((longest + longest**2 + 2, n_maps, *space), np.nan)
-        made = made.reshape(-1, n_maps, *space)
-        out[:q] = made[:q]
-        square = out[longest:-2].reshape(longest, longest, n_maps, *space)
-        square[:q, :q] = made[q:-2].reshape(q, q, n_maps, *space)
-        out[-2:] = made[-2:]
-        return out.reshape(-1, *space)
+    def of_rows(q: int, e: NDArray[Any], V: NDArray[Any], d: NDArray[Any], *sums: Floats) -> Floats:
+        start = sums[0][_rows_had(q, longest)] if sums else None
+        made = add_rows(start, *_run_after_run(q, e, V, d), precision_weighted=precision_weighted)
+        return _padded(made, q, longest)
 
-    return by_number_of_rows(of_rows, n_rows[0, 0, 0], effect, covariance, dof)
+    sums = () if before is None else (before,)
+    return by_number_of_rows(of_rows, n_rows[0, 0, 0], effect, covariance, dof, *sums)
+
+
+def _finish_row_blocks(
+    sums: Floats,
+    effect: Floats,
+    _covariance: Floats,
+    _dof: Floats,
+    n_rows: NDArray[np.intp],
+    *,
+    precision_weighted: bool,
+) -> Floats:
+    """Combine all runs, from their sums."""
+    longest = len(effect)
+
+    def of_rows(q: int, sums: Floats) -> Floats:
+        made = combined_rows(sums[_rows_had(q, longest)], q, precision_weighted=precision_weighted)
+        return _padded(made, q, longest)
+
+    return by_number_of_rows(of_rows, n_rows[0, 0, 0], sums)
+
+
+def _run_after_run(
+    q: int, e: NDArray[Any], V: NDArray[Any], d: NDArray[Any]
+) -> tuple[Floats, Floats, Floats]:
+    """Blocks of ``q`` rows as the kernels have them."""
+    R, space = e.shape[2], e.shape[3:]
+    return (
+        np.moveaxis(e[:q, 0].astype(np.float64), 1, 0).reshape(R * q, *space),
+        np.moveaxis(V[:q, :q].astype(np.float64), 2, 0).reshape(R * q * q, *space),
+        np.broadcast_to(d[0, 0], (R, *d.shape[3:])).astype(np.float64),
+    )
+
+
+def _rows_had(q: int, longest: int) -> list[int]:
+    """Which of the rows for ``longest`` effects, their covariances, dof and n_runs a contrast with ``q`` of them has."""
+    square = [longest * (1 + i) + j for i in range(q) for j in range(q)]
+    return [*range(q), *square, -2, -1]
+
+
+def _padded(made: Floats, q: int, longest: int, n_maps: int = 1) -> Floats:
+    """Rows of ``q`` effects as those of ``longest``, the others NaN."""
+    made = made.reshape(-1, n_maps, *made.shape[1:])
+    out = np.full((longest + longest**2 + 2, *made.shape[1:]), np.nan)
+    out[_rows_had(q, longest)] = made
+    return out.reshape(-1, *out.shape[2:])
 
 
 def _lacks(contrasts: xr.Dataset, dim: Hashable) -> NDArray[np.bool_]:

@@ -46,6 +46,9 @@ WRITTEN = 4
 VOXEL_TILE, TILE, SOLVE_TILE, SOLVE_BYTES = 8192, 2048, 8192, 8 * MIB
 """Voxels that kernels work on at a time, and size of their normal equations: a test holds these against the kernels."""
 
+RUNS_TOGETHER = 8
+"""Runs of which all rows of a block are there at a time, to be combined."""
+
 COMBINED_BYTES = 2 * MIB
 """Of the rows of all runs that are put together at a time, to be combined."""
 
@@ -372,17 +375,33 @@ def statistics_memory_per_thread(size: StatisticsSize) -> int:
     """
     read = size.n_regressors + 1 + size.order
     making = read + 3 * size.n_rows + size.n_weighted
-    # What was made of the other runs waits; then all are combined, some voxels at a time.
-    waiting = max(size.n_runs - 1, 0) * size.n_rows
-    combining = (size.n_runs + 3) * size.n_rows if size.n_runs else 0
+    # What was made of some runs waits; then they are combined, some voxels at a time.
+    waiting = combining = 0
+    if size.n_runs:
+        held = rows_held(size.n_runs, size.n_rows, size.n_contrasts)
+        waiting, combining = held - size.n_rows, held + 3 * size.n_rows
     rows = read * 5 // 4 + max(making + waiting, combining) + 4 * size.n_contrasts + 8
     beside = 5 * COMBINED_BYTES if size.n_runs else 0
     return 8 * size.voxels * rows + beside + uncertainty_memory(size.n_regressors, size.order, size.n_volumes)
 
 
+def rows_held(n_runs: int, n_rows: int, n_contrasts: int) -> int:
+    """Rows of a block that are there until runs are combined: those of some runs, and the sums over the ones before."""
+    together = min(n_runs, RUNS_TOGETHER)
+    before = n_rows + n_contrasts if n_runs > together else 0
+    return together * n_rows + before
+
+
 def combining_memory(n_voxels: int, n_rows: int, n_runs: int, n_contrasts: int) -> int:
-    """Bytes that a thread needs for the rows of each run until they are combined, and for the tests of all contrasts."""
-    return 8 * n_voxels * ((n_runs + 3) * n_rows + 4 * n_contrasts + 8) + 5 * COMBINED_BYTES
+    """Bytes that a thread needs for the rows of runs until they are combined, and for the tests of all contrasts."""
+    held = rows_held(n_runs, n_rows, n_contrasts)
+    return 8 * n_voxels * (held + 3 * n_rows + 4 * n_contrasts + 8) + 5 * COMBINED_BYTES
+
+
+def leaving_out_memory(n_voxels: int, n_rows: int, n_runs: int, n_contrasts: int) -> int:
+    """The same for maps without each run in turn: the rows of all runs, those of as many maps, and their tests."""
+    rows = (2 * n_runs + 3) * n_rows + 5 * n_runs * n_contrasts + 8
+    return 8 * n_voxels * rows + 5 * COMBINED_BYTES
 
 
 def uncertainty_memory(n_regressors: int, order: int, n_volumes: int) -> int:

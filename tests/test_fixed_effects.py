@@ -197,6 +197,54 @@ def test_fixed_effects__chunks_and_order_do_not_matter(seed, chunks, precision_w
         np.testing.assert_allclose(other[name], expected[name], rtol=1e-10, atol=1e-13)
 
 
+@given(
+    seed=st.integers(0, 1000),
+    n_runs=st.integers(9, 30),
+    chunks=st.tuples(st.integers(1, 12), st.integers(1, 3), st.integers(1, 2)),
+    precision_weighted=st.booleans(),
+    of_rows=st.booleans(),
+)
+def test_fixed_effects__of_many_runs_are_those_of_all_at_once(
+    seed, n_runs, chunks, precision_weighted, of_rows
+):
+    shape, dof = (3, 2), np.arange(30.0, 30.0 + n_runs)
+    ds = f_estimates(n_runs, 2, shape, seed) if of_rows else estimates((n_runs, *shape), seed=seed, dof=dof)
+    # Some have nothing at a voxel, and nobody has anything at another one.
+    ds["effect"].values[seed % n_runs, ..., 0, 0] = np.nan
+    ds["effect"].values[..., 1, 1] = np.nan
+    options = {"precision_weighted": precision_weighted}
+    lazy = ds.chunk(dict(zip(("run", "v", "w"), chunks, strict=True)))
+    with raise_if_computes():
+        got = cg.fixed_effects(lazy.assign(dof=ds["dof"]), **options)
+    got = got.compute()
+    assert got.equals(cg.fixed_effects(ds, **options))
+    if not of_rows:
+        effect, variance = combine(ds, precision_weighted)
+        np.testing.assert_allclose(got["effect"][2], effect[2], rtol=1e-12)
+        np.testing.assert_allclose(got["variance"][2], variance[2], rtol=1e-12)
+    assert got["n_runs"].values[:2, :2].tolist() == [[n_runs - 1, n_runs], [n_runs, 0]]
+    np.testing.assert_array_equal(got["dof"][2], ds["dof"].sum())
+
+
+def test_fixed_effects__of_many_runs_and_f_contrasts_of_unequal_rows(two_runs, two_designs):
+    definition = {"both": ["SSt", "DSp"], "all": ["SSt", "SSp", "DSp"]}
+    contrasts = cg.contrast(cg.fit(two_runs, two_designs), definition).compute()
+    many = xr.concat(
+        [contrasts.assign(effect=k + contrasts["effect"]) for k in range(10)],
+        "run",
+        data_vars=["effect", "covariance", "dof", "estimable"],
+    )
+    many = many.assign_coords(run=[f"s{number}" for number in range(20)])
+    for options in ({}, {"precision_weighted": True}):
+        got = cg.fixed_effects(many.chunk(run=1, z=3), **options).compute()
+        assert got.equals(cg.fixed_effects(many, **options))
+        few = cg.fixed_effects(many.sel(contrast="both").isel(row=[0, 1], row_=[0, 1]), **options)
+        for name in ("effect", "covariance", "stat"):
+            both = got[name].sel(contrast="both")
+            both = both.isel({dim: [0, 1] for dim in ("row", "row_") if dim in both.dims})
+            np.testing.assert_allclose(both, few[name].transpose(*both.dims), rtol=1e-12)
+
+
 def test_fixed_effects__a_run_without_the_contrast_is_named():
     ds = estimates()
     ds["dof"][2] = np.nan

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 from dask._task_spec import Alias
+from dask.callbacks import Callback
 
 import chunkglm as cg
 from chunkglm import blocks
@@ -109,6 +110,39 @@ def test_from_store_to_maps__in_at_most_three_tasks_a_voxel_block_and_run(n_runs
     arrays = [one.data for one in fixed.variables.values() if one.chunks is not None]
     assert len(arrays) == 7
     assert n_tasks(optimized(*arrays)) <= n + 9 * n_blocks + shared
+
+
+# Of F the statistic is made in a task of its own, as the rows are taken away.
+@pytest.mark.parametrize(("definition", "more"), [("face - house", 0), (["face", "house"], 2)])
+def test_what_is_there_of_a_block_does_not_grow_with_the_number_of_runs(definition, more):
+    """Runs are combined some at a time: of the others neither estimates nor signal are in memory."""
+    n_blocks = 3
+
+    class Held(Callback):
+        most = 0
+
+        def _posttask(self, *given):
+            state = given[3]
+            now = sum(one.nbytes for one in arrays_of(list(state["cache"].values())))
+            Held.most = max(Held.most, now)
+
+    def arrays_of(value):
+        if isinstance(value, np.ndarray):
+            return [value]
+        return [one for part in value for one in arrays_of(part)] if isinstance(value, list | tuple) else []
+
+    most, tasks = {}, {}
+    for n_runs in (8, 40):
+        fixed = cg.fixed_effects(cg.contrast(cg.fit(*study(n_runs, n_blocks)), definition))
+        Held.most = 0
+        with Held():
+            fixed["z_score"].data.compute(scheduler="sync")
+        most[n_runs] = Held.most
+        tasks[n_runs] = n_tasks(optimized(fixed["z_score"].data)) - 2 * n_runs - 1
+    # Beside what waits, the sums over the runs before, and the blocks of the finished map.
+    assert most[40] < 1.6 * most[8]
+    assert tasks[8] <= (8 + 1 + more) * n_blocks
+    assert tasks[40] <= (40 + 5 + 1 + more) * n_blocks
 
 
 def test_from_a_stored_fit_to_maps__one_task_a_voxel_block_and_run(computed, tmp_path):

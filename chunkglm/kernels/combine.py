@@ -42,8 +42,47 @@ def combine_runs(
         Effect, variance, degrees of freedom and number of runs: NaN, NaN, NaN and 0 where no run is left.
     """
     options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
+    sums = add_runs(None, effect, variance, dof, **options)
+    return combined(sums, precision_weighted=precision_weighted)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def add_runs(
+    before: Floats | None,
+    effect: Floats,
+    variance: Floats,
+    dof: Floats,
+    *,
+    precision_weighted: bool,
+    reference_rules: bool,
+) -> Floats:
+    """Add runs to sums that are enough to combine all of them.
+
+    One after another, so that it does not matter how many are added at a time.
+
+    Parameters
+    ----------
+    before : ndarray, shape (4, ...), or None
+        The sums over other runs.
+    effect, variance, dof : ndarray, shape (R, ...)
+        Broadcast against each other.
+    precision_weighted, reference_rules : bool
+
+    Returns
+    -------
+    ndarray, shape (4, ...), float64
+        For :func:`combined`.
+    """
+    options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
     summands = _summands(effect, variance, dof, **options)
-    return _combined(*map(_sum_of_all, summands), precision_weighted=precision_weighted)
+    starts = [None] * len(summands) if before is None else list(before)
+    return np.stack([_sum_of_all(*pair) for pair in zip(summands, starts, strict=True)]).astype(np.float64)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def combined(sums: Floats, *, precision_weighted: bool) -> Floats:
+    """What :func:`combine_runs` returns, from the sums of :func:`add_runs`, shape (4, ...)."""
+    return _combined(*sums, precision_weighted=precision_weighted)
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -82,7 +121,7 @@ def _summands(
 
 
 def _combined(
-    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[np.intp], *, precision_weighted: bool
+    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[Any], *, precision_weighted: bool
 ) -> Floats:
     """Effect, variance, degrees of freedom and number of runs, (4, ...), from sums of what :func:`_summands` makes."""
     variance = 1 / spread if precision_weighted else spread / n_runs**2
@@ -92,12 +131,13 @@ def _combined(
     return out
 
 
-def _sum_of_all(summands: NDArray[Any]) -> NDArray[Any]:
-    """The sum over runs, shape (...).
+def _sum_of_all(summands: NDArray[Any], before: NDArray[Any] | None) -> NDArray[Any]:
+    """The sum over runs, and of others before them, shape (...).
 
     One after another: numpy adds many runs of a lone voxel in another order than those of several.
     """
-    total: NDArray[Any] = sum(summands[1:], start=summands[0] + 0)
+    first, *others = summands
+    total: NDArray[Any] = sum(others, start=first + (0 if before is None else before))
     return total
 
 
@@ -134,8 +174,51 @@ def combine_rows(effect: Floats, covariance: Floats, dof: Floats, *, precision_w
     ndarray, shape (q + q q + 2, ...), float64
         Effects, covariances, degrees of freedom and number of runs: NaN and 0 where no run is left.
     """
+    sums = add_rows(None, effect, covariance, dof, precision_weighted=precision_weighted)
+    return combined_rows(sums, len(effect) // len(dof), precision_weighted=precision_weighted)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def add_rows(
+    before: Floats | None, effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool
+) -> Floats:
+    """Add runs to sums that are enough to combine all of them, as :func:`add_runs` does.
+
+    Parameters
+    ----------
+    before : ndarray, shape (q + q q + 2, ...), or None
+        The sums over other runs.
+    effect : ndarray, shape (R q, ...)
+        The rows of each run, run after run.
+    covariance : ndarray, shape (R q q, ...)
+    dof : ndarray, shape (R, ...)
+    precision_weighted : bool
+
+    Returns
+    -------
+    ndarray, shape (q + q q + 2, ...), float64
+        For :func:`combined_rows`.
+    """
+    q = len(effect) // len(dof)
     summands = _summands_of_rows(effect, covariance, dof, precision_weighted=precision_weighted)
-    return _combined_rows(*map(_sum_of_all, summands), precision_weighted=precision_weighted)
+    starts = [None] * len(summands) if before is None else list(_parts_of_rows(before, q))
+    sums = [_sum_of_all(*pair) for pair in zip(summands, starts, strict=True)]
+    space = np.broadcast_shapes(*(one.shape[n:] for one, n in zip(sums, (1, 2, 0, 0), strict=True)))
+    out = np.empty((q + q * q + 2, *space))
+    for part, one in zip(_parts_of_rows(out, q), sums, strict=True):
+        part[...] = one
+    return out
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def combined_rows(sums: Floats, q: int, *, precision_weighted: bool) -> Floats:
+    """What :func:`combine_rows` returns of ``q`` rows, from the sums of :func:`add_rows`, shape (q + q q + 2, ...)."""
+    return _combined_rows(*_parts_of_rows(sums, q), precision_weighted=precision_weighted)
+
+
+def _parts_of_rows(rows: Floats, q: int) -> tuple[Floats, Floats, Floats, Floats]:
+    """Effects (q, ...), covariances or precisions (q, q, ...), degrees of freedom, and number of runs: views."""
+    return rows[:q], rows[q:-2].reshape(q, q, *rows.shape[1:]), rows[-2], rows[-1]
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
@@ -185,7 +268,7 @@ def _summands_of_rows(
 
 
 def _combined_rows(
-    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[np.intp], *, precision_weighted: bool
+    effect: Floats, spread: Floats, dof: Floats, n_runs: NDArray[Any], *, precision_weighted: bool
 ) -> Floats:
     """Combine sums of what :func:`_summands_of_rows` makes: effects, covariances, dof and n_runs, (q + q q + 2, ...)."""
     q, *shape = effect.shape

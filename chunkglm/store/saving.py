@@ -173,7 +173,8 @@ def saving_memory(ds: xr.Dataset) -> Callable[[int], int]:
         q, n_contrasts = sizes.get("row", 1), sizes.get("contrast", 1)
         voxels = math.prod(max(ds["effect"].chunksizes[dim]) for dim in SPACE if dim in sizes)
         n_runs = len(ds.attrs.get("combined", ()))
-        each += plan.combining_memory(voxels, (q + q * q + 1) * n_contrasts, n_runs, n_contrasts)
+        combining = plan.leaving_out_memory if "left_out" in sizes else plan.combining_memory
+        each += combining(voxels, (q + q * q + 1) * n_contrasts, n_runs, n_contrasts)
     return lambda n: plan.OVERHEAD + n * each
 
 
