@@ -570,7 +570,7 @@ def _own_mask(run: xr.Dataset, label: str) -> xr.DataArray:
             f"Run {label} has no mask. Give one (mask=), or add a variable 'mask' of bool with dims {SPACE}."
         )
     require(run, RUN, ("mask",), f"Run {label}")
-    return xr.DataArray(run["mask"].astype(bool).variable)
+    return xr.DataArray(run["mask"].astype(bool, copy=False).variable)
 
 
 # --------------------------------------------------------------------------------------------------------- fit

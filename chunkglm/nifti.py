@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakValueDictionary
 
 import nibabel as nib
 import numpy as np
@@ -866,6 +867,10 @@ def _read_volume(
         return xr.DataArray(values, dims=SPACE, coords=coords, name=reader.name)
 
 
+_masks: WeakValueDictionary[tuple[tuple[int, ...], bytes], NDArray[np.bool_]] = WeakValueDictionary()
+"""Those in use, by shape and hash: a mask that all runs of a study have is in memory once."""
+
+
 def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDArray[np.bool_]:
     """Read a mask and check it against the grid of a run.
 
@@ -882,6 +887,7 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
     Returns
     -------
     ndarray of bool, shape (z, y, x)
+        Read-only; the same array as long as an equal one is in use.
 
     Raises
     ------
@@ -903,10 +909,11 @@ def read_mask(mask: ImageLike | xr.DataArray, grid: Grid, run_name: str) -> NDAr
             f"{name} has the values {shown}{', ...' if levels.size > 5 else ''}; a mask has 0 outside and one other "
             "finite value inside. Threshold it first."
         )
-    inside: NDArray[np.bool_] = mask.values != 0
+    inside: NDArray[np.bool_] = np.ascontiguousarray(mask.values != 0)
     if not inside.any():
         raise MaskError(f"{name} is empty: no voxel is inside. Give the mask of the brain.")
-    return np.ascontiguousarray(inside)
+    inside.flags.writeable = False
+    return _masks.setdefault((inside.shape, hashlib.sha256(np.packbits(inside).tobytes()).digest()), inside)
 
 
 def _checked_mask(mask: xr.DataArray) -> xr.DataArray:

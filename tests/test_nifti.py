@@ -186,6 +186,23 @@ def test_a_mask_array_is_held_against_the_grid():
         nifti.read_mask(run, grids.grid_of(run), "run 1")
 
 
+def test_a_mask_of_many_runs_is_in_memory_once():
+    run = make_run(DESCENDING)
+    mask = (run[0] > 3000).drop_vars("time")
+    grid = grids.grid_of(run)
+    inside = nifti.read_mask(mask, grid, "run 1")
+    assert nifti.read_mask(mask.copy(), grid, "run 2") is inside
+    assert nifti.read_mask(~mask, grid, "run 3") is not inside
+    with pytest.raises(ValueError, match="read-only"):
+        inside[0] = True
+    # Not longer than it is used, and nobody else's array.
+    mask.values[:] = True
+    there = len(nifti._masks)
+    assert not inside.all()
+    del inside
+    assert len(nifti._masks) < there
+
+
 # ----------------------------------------------------------------------------------------------------- export
 
 

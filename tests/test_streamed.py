@@ -173,6 +173,17 @@ def test_where_one_pass_is_not_enough_the_fit_is_from_the_stores(data, tmp_path,
     np.testing.assert_array_equal(got["beta"], expected["beta"])
 
 
+def test_what_a_plan_holds_of_a_run_is_not_its_mask(data, tmp_path):
+    """That of all runs is there once, however many there are."""
+    asked = job_of(data, tmp_path / "results")
+    _, models, described = preflight.examine(asked)
+    planned = jobplan.one_pass(asked, models, described)
+    masks = [one.mask.values for one in planned.fit_plan.runs]
+    masks += [one.run["mask"].values for one in described.values()]
+    assert len(masks) == 4
+    assert all(np.shares_memory(masks[0], one) for one in masks)
+
+
 def test_smoothed_values_are_those_of_the_whole_volume_and_missing_outside_the_mask(tmp_path):
     write_simulated_run(tmp_path / "run.nii", shape=(20, 22, 37), n_volumes=40)
     run = nib.load(tmp_path / "run.nii")
