@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from benchmarks import refit
 
+NOISE_MODELS = ("ar1", "ar2", "ar3")
+
 
 def main(arguments: list[str]) -> None:
     """Print a table for each order."""
-    refit.main(arguments, noise_models=("ar1", "ar2", "ar3"), name="ar_orders")
+    refit.main(arguments, noise_models=NOISE_MODELS, name="ar_orders")

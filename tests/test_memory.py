@@ -153,6 +153,25 @@ def test_peak__is_at_most_what_was_projected_and_what_is_allowed(data, tmp_path,
     assert peak > 0.3 * plan_["peak"]
 
 
+def test_peak__of_many_runs_is_that_of_some(data, tmp_path, capsys):
+    """They are combined some at a time."""
+    image = nib.load(data / "160.nii")
+    short = nib.Nifti1Image(np.asanyarray(image.dataobj)[..., :16], image.affine, image.header)
+    short.to_filename(tmp_path / "16.nii")
+    X = np.random.default_rng(1).standard_normal((16, 2))
+    np.savez(tmp_path / "16_design.npz", X=X, conditions=["SSt", "DSt"])
+
+    def words(n_runs, name):
+        runs = [str(tmp_path / "16.nii")] * n_runs
+        designs = [word for _ in range(n_runs) for word in ("--design", str(tmp_path / "16_design.npz"))]
+        more = ["--mask", str(data / "full.nii.gz"), "--contrast", "d=DSt - SSt", "--no-report"]
+        return ["run", *runs, *designs, *more, "--output", str(tmp_path / name)]
+
+    some, many = (planned([*words(n, "none"), "--memory", "100MiB"], capsys)["peak"] for n in (9, 24))
+    assert some == many
+    assert peak_of(["-q", *words(24, "many"), "--memory", "100MiB"]) * MIB <= many
+
+
 def test_peak__of_many_threads_is_at_most_what_was_projected(data, tmp_path, capsys):
     words = [
         *job_words(data, *CASES[0]),
