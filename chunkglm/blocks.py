@@ -684,6 +684,9 @@ def _taken(about: tuple[Any, ...], block: Any, number: tuple[int, ...] | None = 
         part = block[which + first]
     if dtype is bool:
         part = part == 1
+    elif 2 * part.nbytes < block.nbytes:
+        # A view would hold all rows as long as there is a map.
+        part = part.copy()
     out: Array = (part if step is None else part[None]).transpose(axes)
     return out
 

@@ -13,6 +13,7 @@ import pytest
 import xarray as xr
 from dask._task_spec import Alias
 from dask.callbacks import Callback
+from dask.local import get_sync
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from chunkglm import blocks as block_module
@@ -416,6 +417,20 @@ def test_take__spreads_rows_over_new_dims(lazy):
     )
     assert flags.dtype == bool
     np.testing.assert_array_equal(flags, values[0] > 0.5)
+
+
+def test_take__a_map_does_not_keep_the_rows_that_it_was_made_of():
+    values = xr.Variable(("k", "y", "x"), np.random.default_rng(5).random((12, 4, 6))).chunk(k=12, y=4, x=6)
+    rows = map_rows(lambda block: block + 1, [values], ("y", "x"), n_rows=12, whole=("k",))
+    for taken in (
+        take(rows, ("y", "x"), 3),
+        take(rows, ("a", "y", "x"), slice(2, 5), sizes={"a": 3}),
+        take(rows, ("each", "y", "x"), 1, along=("each", 2, 6)),
+    ):
+        found = held = get_sync(taken.data.__dask_graph__(), (taken.data.name, *(0,) * taken.ndim))
+        while held.base is not None:
+            held = held.base
+        assert held.nbytes == found.nbytes
 
 
 def test_small_helpers():
