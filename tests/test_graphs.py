@@ -181,7 +181,7 @@ def test_a_hundred_thousand_voxel_blocks_are_planned_without_laying_them_out():
         # What is in memory already are the things that blocks share.
         sizes[n_blocks] = sum(len(layer) for layer in layers if layer.is_materialized())
     assert sizes[large] == sizes[small]
-    assert seconds[large] < 10 * seconds[small] + 1
+    assert seconds[large] < 10 * seconds[small] + 5
 
 
 def test_a_task_holds_no_design_and_no_manifest(tmp_path):

@@ -291,7 +291,7 @@ def test_another_decompressor_goes_on(data, tmp_path, monkeypatch):
     cg.convert(data / "run1.nii.gz", tmp_path / "whole", smoothing_fwhm=5)
     with pytest.raises(KeyboardInterrupt):
         cg.convert(data / "run1.nii.gz", tmp_path / "run-1", smoothing_fwhm=5, progress=Stop(32))
-    monkeypatch.setattr(nifti, "_gzip_file", lambda: gzip.GzipFile)
+    monkeypatch.setattr(nifti, "_gunzip", lambda raw: gzip.GzipFile(fileobj=raw, mode="rb"))
     monkeypatch.setattr(nifti, "PIECE", 2**12)
     cg.convert(data / "run1.nii.gz", tmp_path / "run-1", smoothing_fwhm=5)
     assert contents(tmp_path / "run-1") == contents(tmp_path / "whole")
