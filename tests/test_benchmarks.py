@@ -47,7 +47,7 @@ def rows_of(text):
             "whole_job",
             ["nilearn", "chunkglm run --no-report", "... --memory 256MiB", "... with report and pictures"],
         ),
-        ("refit", ["nilearn ar1", "chunkglm fit ar1"]),
+        # As refit, with other noise.
         ("ar_orders", ["nilearn ar2", "chunkglm fit ar2"]),
         ("new_contrasts", ["nilearn: fit and 20 contrasts", "chunkglm: 20 contrasts of a saved fit"]),
         (
