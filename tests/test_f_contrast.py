@@ -13,7 +13,7 @@ from scipy import stats
 
 import chunkglm as cg
 from chunkglm.errors import ChunkGLMWarning, InputError
-from chunkglm.kernels.combine import combine_rows, f_statistic
+from chunkglm.kernels.combine import add_rows, combined_rows, f_statistic
 from chunkglm.testing import raise_if_computes
 
 SPACE = ("z", "y", "x")
@@ -298,7 +298,8 @@ def test_f_statistic__is_nan_where_the_covariance_is_singular():
     covariance = np.stack([np.eye(2), np.ones((2, 2)), np.full((2, 2), np.nan)], axis=-1).reshape(4, 3)
     got = f_statistic(np.ones((2, 3)), covariance)
     np.testing.assert_array_equal(got, [[1.0, np.nan, np.nan]])
-    rows = combine_rows(np.ones((2, 3)), covariance, np.full((1, 1), 9.0), precision_weighted=True)
+    sums = add_rows(None, np.ones((2, 3)), covariance, np.full((1, 1), 9.0), precision_weighted=True)
+    rows = combined_rows(sums, 2, precision_weighted=True)
     assert np.isnan(rows[:2, 1:]).all()
     np.testing.assert_array_equal(rows[:, 0], [1, 1, 1, 0, 0, 1, 9, 1])
 

@@ -7,7 +7,7 @@ from nilearn.glm.regression import ARModel
 from oracles import joined
 
 from chunkglm.kernels.basis import make_basis, reference_rank
-from chunkglm.kernels.combine import combine_runs
+from chunkglm.kernels.combine import add_runs, combined
 from chunkglm.kernels.glm import Model, contrast_covariance, fit_at, fit_voxels, residual_lags
 from chunkglm.kernels.sums import VOXEL_TILE, accumulate, mean_voxels, remove_mean, scale_signal
 
@@ -404,6 +404,11 @@ def test_mean_voxels__averages_over_time():
 
 
 # ------------------------------------------------------------------------------------------------- fixed effects
+
+
+def combine_runs(*given, precision_weighted, reference_rules):
+    options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
+    return combined(add_runs(None, *given, **options), precision_weighted=precision_weighted)
 
 
 def test_combine__equals_the_formulas():

@@ -22,31 +22,6 @@ LEAST_VARIANCE = 1e-16
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def combine_runs(
-    effect: Floats, variance: Floats, dof: Floats, *, precision_weighted: bool, reference_rules: bool
-) -> Floats:
-    """Combine runs.
-
-    With n runs at a voxel: the mean of the effects with variance ``sum(V_r) / n**2``; or, weighted by precision,
-    the effect ``V * sum(effect_r / V_r)`` with variance ``V = 1 / sum(1 / V_r)``. Degrees of freedom add up.
-
-    Parameters
-    ----------
-    effect, variance, dof : ndarray, shape (R, ...)
-        Broadcast against each other.
-    precision_weighted, reference_rules : bool
-
-    Returns
-    -------
-    ndarray, shape (4, ...), float64
-        Effect, variance, degrees of freedom and number of runs: NaN, NaN, NaN and 0 where no run is left.
-    """
-    options = {"precision_weighted": precision_weighted, "reference_rules": reference_rules}
-    sums = add_runs(None, effect, variance, dof, **options)
-    return combined(sums, precision_weighted=precision_weighted)
-
-
-@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def add_runs(
     before: Floats | None,
     effect: Floats,
@@ -56,7 +31,7 @@ def add_runs(
     precision_weighted: bool,
     reference_rules: bool,
 ) -> Floats:
-    """Add runs to sums that are enough to combine all of them.
+    """Add runs to the sums that :func:`combined` needs.
 
     One after another, so that it does not matter how many are added at a time.
 
@@ -81,7 +56,22 @@ def add_runs(
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def combined(sums: Floats, *, precision_weighted: bool) -> Floats:
-    """What :func:`combine_runs` returns, from the sums of :func:`add_runs`, shape (4, ...)."""
+    """Combine runs, from their sums.
+
+    With n runs at a voxel: the mean of the effects with variance ``sum(V_r) / n**2``; or, weighted by precision,
+    the effect ``V * sum(effect_r / V_r)`` with variance ``V = 1 / sum(1 / V_r)``. Degrees of freedom add up.
+
+    Parameters
+    ----------
+    sums : ndarray, shape (4, ...)
+        From :func:`add_runs`.
+    precision_weighted : bool
+
+    Returns
+    -------
+    ndarray, shape (4, ...), float64
+        Effect, variance, degrees of freedom and number of runs: NaN, NaN, NaN and 0 where no run is left.
+    """
     return _combined(*sums, precision_weighted=precision_weighted)
 
 
@@ -89,7 +79,7 @@ def combined(sums: Floats, *, precision_weighted: bool) -> Floats:
 def combine_others(
     effect: Floats, variance: Floats, dof: Floats, *, precision_weighted: bool, reference_rules: bool
 ) -> Floats:
-    """Combine all runs but one, for each that can be left out, as :func:`combine_runs` does.
+    """Combine all runs but one, for each that can be left out, as :func:`combined` does.
 
     Parameters
     ----------
@@ -155,34 +145,10 @@ def _sums_of_others(summands: NDArray[Any]) -> NDArray[Any]:
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
-def combine_rows(effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool) -> Floats:
-    """Combine runs of contrasts of several rows.
-
-    With n runs at a voxel: the mean of the effects with covariance ``sum(V_r) / n**2``; or, weighted by precision,
-    the effect ``V * sum(V_r^-1 effect_r)`` with covariance ``V = (sum V_r^-1)^-1``. Degrees of freedom add up.
-
-    Parameters
-    ----------
-    effect : ndarray, shape (R q, ...)
-        The rows of each run, run after run.
-    covariance : ndarray, shape (R q q, ...)
-    dof : ndarray, shape (R, ...)
-    precision_weighted : bool
-
-    Returns
-    -------
-    ndarray, shape (q + q q + 2, ...), float64
-        Effects, covariances, degrees of freedom and number of runs: NaN and 0 where no run is left.
-    """
-    sums = add_rows(None, effect, covariance, dof, precision_weighted=precision_weighted)
-    return combined_rows(sums, len(effect) // len(dof), precision_weighted=precision_weighted)
-
-
-@np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def add_rows(
     before: Floats | None, effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool
 ) -> Floats:
-    """Add runs to sums that are enough to combine all of them, as :func:`add_runs` does.
+    """Add runs of contrasts of several rows to the sums that :func:`combined_rows` needs, as :func:`add_runs` does.
 
     Parameters
     ----------
@@ -212,7 +178,24 @@ def add_rows(
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")
 def combined_rows(sums: Floats, q: int, *, precision_weighted: bool) -> Floats:
-    """What :func:`combine_rows` returns of ``q`` rows, from the sums of :func:`add_rows`, shape (q + q q + 2, ...)."""
+    """Combine runs of contrasts of several rows, from their sums.
+
+    With n runs at a voxel: the mean of the effects with covariance ``sum(V_r) / n**2``; or, weighted by precision,
+    the effect ``V * sum(V_r^-1 effect_r)`` with covariance ``V = (sum V_r^-1)^-1``. Degrees of freedom add up.
+
+    Parameters
+    ----------
+    sums : ndarray, shape (q + q q + 2, ...)
+        From :func:`add_rows`.
+    q : int
+        Number of rows.
+    precision_weighted : bool
+
+    Returns
+    -------
+    ndarray, shape (q + q q + 2, ...), float64
+        Effects, covariances, degrees of freedom and number of runs: NaN and 0 where no run is left.
+    """
     return _combined_rows(*_parts_of_rows(sums, q), precision_weighted=precision_weighted)
 
 
@@ -225,7 +208,7 @@ def _parts_of_rows(rows: Floats, q: int) -> tuple[Floats, Floats, Floats, Floats
 def combine_rows_of_others(
     effect: Floats, covariance: Floats, dof: Floats, *, precision_weighted: bool
 ) -> Floats:
-    """Combine all runs but one, for each that can be left out, as :func:`combine_rows` does.
+    """Combine all runs but one, for each that can be left out, as :func:`combined_rows` does.
 
     Parameters
     ----------
@@ -238,7 +221,7 @@ def combine_rows_of_others(
     Returns
     -------
     ndarray, shape ((q + q q + 2) R, ...), float64
-        The first effects without each run, then the second ones, and so on in the order of :func:`combine_rows`.
+        The first effects without each run, then the second ones, and so on in the order of :func:`combined_rows`.
     """
     summands = _summands_of_rows(effect, covariance, dof, precision_weighted=precision_weighted)
     e, V, total_dof, n_runs = map(_sums_of_others, summands)
